@@ -1,0 +1,354 @@
+"""Claims of data/pipeline.py on small corpora of true DICOM files."""
+
+import ast
+import collections
+import json
+import pathlib
+import pickle
+
+import numpy as np
+import pytest
+
+from vjepa_jax.data import pipeline
+from vjepa_jax.data.pipeline import eval_batches, open_data, train_iterator
+from vjepa_jax.data.record import DataError
+
+CANVAS = (4, 16, 16)
+FRACTIONS = {"train": 0.7, "validation": 0.3}
+KEYS = {"volume", "mean", "std", "spacing", "index", "label", "_mask"}
+
+
+def opened(manifest, **options):
+  return open_data(
+      manifest, **{"canvas": CANVAS, "splits": "part", "label": "pathology", **options}
+  )
+
+
+def indices(iterator, batches):
+  return [next(iterator)["index"].tolist() for _ in range(batches)]
+
+
+def test_a_batch_holds_what_the_contract_names(write_corpus):
+  data = opened(write_corpus())
+  batch = next(train_iterator(data.splits["train"], batch_size=3, seed=0))
+  assert set(batch) == KEYS
+  assert batch["volume"].shape == (3, 1, *CANVAS, 1) and batch["volume"].dtype == np.uint8
+  for key, dtype, shape in (
+      ("mean", np.float32, (3,)), ("std", np.float32, (3,)),
+      ("spacing", np.float32, (3, 4)), ("index", np.int32, (3,)),
+      ("label", np.int32, (3,)), ("_mask", np.float32, (3,)),
+  ):
+    assert batch[key].dtype == dtype and batch[key].shape == shape
+  for row in range(3):
+    record = data.splits["train"][int(batch["index"][row])]
+    np.testing.assert_array_equal(batch["volume"][row], record.volume)
+    assert batch["mean"][row] == np.float32(record.volume.mean(dtype=np.float64))
+    assert batch["std"][row] == pytest.approx(record.volume.std(dtype=np.float64), rel=1e-6)
+    assert data.labels[batch["label"][row]] == data.splits["train"].rows[
+        int(batch["index"][row])].label
+  np.testing.assert_allclose(
+      batch["spacing"][0], [np.nan, 0.1, 0.004 * 2, 0.012 * 40 / 16], rtol=1e-5
+  )
+
+
+def test_a_record_says_whose_and_what_it_is(write_corpus):
+  record = opened(write_corpus()).splits["train"][1]
+  assert record.subject == "1000" and record.label == 1
+  assert record.meta["device"] == "topcon_triton" and record.meta["laterality"] == "R"
+  assert record.meta["site"] == "UW"
+
+
+def test_the_report_counts_what_is_there_and_what_was_lost(write_corpus):
+  manifest = write_corpus(people=12, broken={3: "truncated"})
+  report = opened(manifest, exclude={"participant": ["1000"]}).report
+  assert report["records"] == 21 and report["read"] == 22
+  assert report["quarantine"] == {"truncated": 1}
+  assert report["quarantine_device"] == {"topcon_triton": 1}
+  assert report["bad_fraction"] == pytest.approx(1 / 22)
+  assert report["lost"] == {"excluded_participant": 2}
+  assert report["device"] == {"heidelberg_spectralis": 11, "topcon_triton": 10}
+  assert report["site"] == {"UAB": 11, "UW": 10}
+  assert report["splits"]["validation"]["records"] == 2
+  assert report["splits"]["train"]["label"] == {"drusen": 10, "normal": 9}
+  assert report["spacing_source"] == {"top_level+between_slices": 21}
+  assert json.loads(json.dumps(report)) == report
+
+
+HOWS = ["missing_file", "truncated", "not_dicom", "no_pixel_data", "wrong_modality",
+        "constant"]
+
+
+@pytest.mark.parametrize("validate", ["read", "lazy"])
+@pytest.mark.parametrize("how", HOWS)
+def test_a_bad_file_is_quarantined_by_reason_and_never_replaced(
+    write_corpus, tmp_path, how, validate
+):
+  manifest = write_corpus(broken={3: how})
+  log = tmp_path / "out" / "quarantine.tsv"
+  data = opened(
+      manifest, validate=validate, max_bad_fraction=0.2, quarantine=str(log)
+  )
+  train = data.splits["train"]
+  iterator = train_iterator(train, batch_size=3, seed=0)
+  seen = collections.Counter()
+  for _ in range(9):
+    batch = next(iterator)
+    assert batch["volume"].shape[0] == 3 and (batch["_mask"] == 1).all()
+    assert batch["volume"].reshape(3, -1).std(axis=1).min() > 0
+    seen.update(train.rows[i].path for i in batch["index"])
+  assert len(seen) == 9 and max(seen.values()) - min(seen.values()) <= 1
+  bad, = data.quarantine
+  assert bad.reason == how and bad.path.endswith("1001/R.dcm")
+  assert data.report["quarantine"] == {how: 1}
+  lines = log.read_text().splitlines()
+  assert lines[0] == "path\treason\tdetail"
+  assert [line.split("\t")[:2] for line in lines[1:]] == [[bad.path, how]]
+
+
+def test_a_volume_smaller_than_a_patch_is_a_named_quarantine_entry(write_corpus):
+  manifest = write_corpus()
+  with pytest.raises(DataError, match=r"too_small \(first: .*Y=32 < 33"):
+    opened(manifest, min_size=(1, 33, 16))
+
+
+def test_above_max_bad_fraction_the_run_stops_with_reasons_and_first_paths(
+    write_corpus, tmp_path
+):
+  broken = {1: "truncated", 2: "truncated", 5: "no_pixel_data"}
+  manifest = write_corpus(broken=broken)
+  opened(manifest, max_bad_fraction=0.25)
+  log = tmp_path / "q.tsv"
+  with pytest.raises(DataError) as caught:
+    opened(manifest, max_bad_fraction=0.24, quarantine=str(log))
+  message = str(caught.value)
+  assert "2 truncated (first: " in message and "1000/R.dcm" in message
+  assert "1 no_pixel_data" in message and "max_bad_fraction 0.24" in message
+  assert len(log.read_text().splitlines()) == 4
+
+
+def test_bad_files_met_while_training_stop_it_above_the_fraction(write_corpus):
+  broken = {n: "truncated" for n in range(0, 16, 2)}
+  manifest = write_corpus(people=15, broken=broken)
+  data = opened(manifest, validate="lazy", max_bad_fraction=0.1)
+  iterator = train_iterator(data.splits["train"], batch_size=2, seed=0)
+  with pytest.raises(DataError, match="truncated"):
+    for _ in range(100):
+      next(iterator)
+  tried = data.report["read"]
+  assert 20 <= tried <= 28
+
+
+def test_a_split_that_is_all_bad_stops_instead_of_waiting_for_ever(write_corpus):
+  manifest = write_corpus(people=3, broken=dict.fromkeys(range(4), "truncated"))
+  data = opened(manifest, validate="lazy", max_bad_fraction=1.0)
+  with pytest.raises(DataError):
+    next(train_iterator(data.splits["train"], batch_size=2, seed=0))
+
+
+def test_a_file_found_bad_is_read_and_logged_once(write_corpus, caplog):
+  manifest = write_corpus(broken={3: "truncated"})
+  data = opened(manifest, validate="lazy", max_bad_fraction=0.2, cache="none")
+  with caplog.at_level("WARNING", logger="absl"):
+    indices(train_iterator(data.splits["train"], batch_size=3, seed=0), 12)
+  assert sum("1001/R.dcm" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_a_resumed_lazy_run_keeps_what_was_quarantined_before(write_corpus, tmp_path):
+  manifest = write_corpus(broken={3: "truncated"})
+  log = tmp_path / "q.tsv"
+  log.write_text("path\treason\tdetail\nold.dcm\tmissing_file\tgone\n")
+  data = opened(manifest, validate="lazy", max_bad_fraction=0.2, quarantine=str(log))
+  indices(train_iterator(data.splits["train"], batch_size=3, seed=0), 6)
+  assert [line.split("\t")[0][-8:] for line in log.read_text().splitlines()[1:]] == [
+      "old.dcm", "01/R.dcm"
+  ]
+
+
+def test_an_epoch_holds_each_row_once_and_the_next_another_order(write_corpus):
+  train = opened(write_corpus()).splits["train"]
+  flat = sum(indices(train_iterator(train, batch_size=3, seed=0), 10), [])
+  epochs = [flat[n : n + 10] for n in (0, 10, 20)]
+  assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+  assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_the_order_depends_on_the_seed_and_not_on_threads(write_corpus):
+  train = opened(write_corpus()).splits["train"]
+  orders = {
+      (seed, threads): str(indices(
+          train_iterator(train, batch_size=3, seed=seed, threads=threads), 8))
+      for seed in (0, 1) for threads in (0, 1, 4)
+  }
+  assert len({orders[0, t] for t in (0, 1, 4)}) == 1
+  assert orders[0, 0] != orders[1, 0]
+
+
+@pytest.mark.parametrize("broken", [{}, {3: "truncated"}])
+def test_a_restored_iterator_gives_the_batches_the_first_would_have(write_corpus, broken):
+  manifest = write_corpus(broken=broken)
+
+  def fresh(threads):
+    data = opened(manifest, validate="lazy", max_bad_fraction=0.2)
+    return train_iterator(data.splits["train"], batch_size=3, seed=5, threads=threads)
+
+  first = fresh(3)
+  indices(first, 4)
+  state = json.loads(json.dumps(first.get_state()))
+  want = [next(first) for _ in range(7)]
+  second = fresh(2)
+  second.set_state(state)
+  for a in want:
+    b = next(second)
+    for key in KEYS:
+      np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_hosts_are_disjoint_and_make_the_global_batches_of_one(write_corpus):
+  train = opened(write_corpus(people=7)).splits["train"]
+  one = indices(train_iterator(train, batch_size=4, seed=2), 9)
+  hosts = [
+      indices(train_iterator(train, batch_size=2, seed=2, shard=(h, 2)), 9)
+      for h in range(2)
+  ]
+  for whole, a, b in zip(one, *hosts, strict=True):
+    assert sorted(whole) == sorted(a + b)
+  pipeline.check_disjoint({0: hosts[0][0], 1: hosts[1][0]}, "row")
+  with pytest.raises(DataError, match="row.*0 and 1"):
+    pipeline.check_disjoint({0: hosts[0][0], 1: hosts[0][0]}, "row")
+
+
+def test_eval_batches_keep_order_and_size_and_mask_the_filling(write_corpus):
+  train = opened(write_corpus()).splits["train"]
+  batches = list(eval_batches(train, 4))
+  assert [b["volume"].shape[0] for b in batches] == [4, 4, 4]
+  flat = np.concatenate([b["index"] for b in batches])
+  assert flat.tolist() == [*range(10), -1, -1]
+  last = batches[-1]
+  assert last["_mask"].tolist() == [1, 1, 0, 0] and last["label"][2:].tolist() == [-1, -1]
+  normalised = (last["volume"] - last["mean"].reshape(-1, 1, 1, 1, 1, 1)) / last[
+      "std"].reshape(-1, 1, 1, 1, 1, 1)
+  assert np.isfinite(normalised).all()
+  np.testing.assert_array_equal(last["spacing"][2], last["spacing"][0])
+  some = list(eval_batches(train, 2, indices=[7, 1, 4]))
+  assert np.concatenate([b["index"] for b in some]).tolist() == [7, 1, 4, -1]
+
+
+def test_eval_batches_pass_over_a_file_found_bad(write_corpus):
+  data = opened(
+      write_corpus(broken={3: "truncated"}), validate="lazy", max_bad_fraction=0.2
+  )
+  batches = list(eval_batches(data.splits["train"], 4))
+  flat = np.concatenate([b["index"] for b in batches])
+  assert flat.tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9, -1, -1, -1]
+  assert [b["volume"].shape[0] for b in batches] == [4, 4, 4]
+
+
+def test_volumes_pickle_and_read_for_themselves(write_corpus):
+  train = opened(write_corpus()).splits["train"]
+  sent = pickle.dumps(train)
+  assert len(sent) < 20_000
+  np.testing.assert_array_equal(pickle.loads(sent)[2].volume, train[2].volume)
+
+
+@pytest.mark.parametrize("cache, cache_bytes, kept", [
+    ("memory", 1 << 20, True), ("memory", 0, False), ("none", 1 << 20, False),
+])
+def test_canvases_are_kept_in_memory_up_to_the_budget(
+    write_corpus, tmp_path, cache, cache_bytes, kept
+):
+  data = opened(
+      write_corpus(), cache=cache, cache_bytes=cache_bytes, max_bad_fraction=0.2
+  )
+  train = data.splits["train"]
+  before = train[0].volume.copy()
+  for path in tmp_path.rglob("*.dcm"):
+    path.unlink()
+  if kept:
+    np.testing.assert_array_equal(train[0].volume, before)
+  else:
+    assert train.element(0) is None
+    assert data.report["quarantine"] == {"missing_file": 1}
+    assert data.report["bad_fraction"] == pytest.approx(1 / 12)
+
+
+def test_patients_of_the_splits_are_disjoint_and_labels_common(write_corpus):
+  data = opened(write_corpus(people=12), splits=FRACTIONS)
+  homes = {k: {r.participant for r in v.rows} for k, v in data.splits.items()}
+  assert not homes["train"] & homes["validation"]
+  assert sum(len(v) for v in data.splits.values()) == 24
+  assert data.labels == ("drusen", "normal")
+  assert {v.labels for v in data.splits.values()} == {data.labels}
+
+
+def test_max_records_takes_the_first_rows_and_says_so(write_corpus):
+  data = opened(write_corpus(), max_records=4, splits={"train": 0.5, "test": 0.5})
+  assert data.report["records"] == 4 and data.report["lost"] == {"max_records": 8}
+  rows = [r for v in data.splits.values() for r in v.rows]
+  assert {r.participant for r in rows} == {"1000", "1001"}
+
+
+def test_volumes_that_do_not_stack_are_an_error_that_names_the_remedy(
+    write_corpus, dicom, tmp_path
+):
+  manifest = write_corpus()
+  other = dicom.to_bytes(dicom.dataset(dicom.volume((4, 32, 40), np.uint16)))
+  (tmp_path / "oct/topcon_triton/1002/R.dcm").write_bytes(other)
+  with pytest.raises(DataError, match="uint8.*uint16.*dtype=\"uint8\""):
+    opened(manifest, dtype="keep")
+  opened(manifest, dtype="uint8")
+
+
+def test_missing_spacing_is_nan_and_counted_and_stops_a_policy_that_needs_it(
+    write_corpus, dicom, tmp_path
+):
+  manifest = write_corpus()
+  text = (tmp_path / "manifest.tsv").read_text()
+  (tmp_path / "manifest.tsv").write_text(
+      text.replace("[0.004, 0.012]\t0.1", "Varies by frame\t")
+  )
+  path = tmp_path / "oct/topcon_triton/1002/R.dcm"
+  path.write_bytes(dicom.to_bytes(dicom.dataset(dicom.volume((4, 32, 40)))))
+  data = opened(manifest)
+  assert data.report["spacing_source"]["missing"] == 1
+  assert np.isnan(data.splits["train"][5].spacing).all()
+  fov = opened(manifest, resample="fov", fov_mm=(0.4, 0.1, 0.4), max_bad_fraction=0.1)
+  assert fov.report["quarantine"] == {"missing_spacing": 1}
+
+
+def test_the_manifest_fills_a_spacing_that_the_file_lacks(write_corpus, dicom, tmp_path):
+  manifest = write_corpus()
+  path = tmp_path / "oct/topcon_triton/1002/R.dcm"
+  path.write_bytes(dicom.to_bytes(dicom.dataset(dicom.volume((4, 32, 40)))))
+  assert opened(manifest).report["spacing_source"] == {
+      "top_level+between_slices": 11, "manifest": 1
+  }
+
+
+def test_progress_is_told_of_every_file(write_corpus):
+  told = []
+  opened(write_corpus(), progress=lambda done, total: told.append((done, total)))
+  assert told == [(n, 12) for n in range(1, 13)]
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"validate": "maybe"}, "validate"), ({"max_bad_fraction": 2}, "max_bad_fraction"),
+    ({"threads": 0}, "threads"), ({"max_records": 0}, "max_records"),
+    ({"resample": "zoom"}, "policy"), ({"dtype": "int8"}, "dtype"),
+    ({"cache": "some/folder", "validate": "lazy"}, "validate=\"read\""),
+    ({"colour": "blue"}, "colour"),
+])
+def test_an_option_out_of_range_is_named(write_corpus, options, words):
+  with pytest.raises(ValueError, match=words):
+    opened(write_corpus(people=2), **options)
+
+
+def test_the_data_room_imports_no_jax():
+  folder = pathlib.Path(pipeline.__file__).parent
+  for path in folder.glob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+      names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+      if isinstance(node, ast.ImportFrom):
+        names = [node.module or ""]
+      assert not {n.split(".")[0] for n in names} & {"jax", "flax", "optax"}, path
+      rooms = [n.split(".")[1] for n in names if n.startswith("vjepa_jax.")]
+      assert set(rooms) <= {"data"}, path

@@ -1,0 +1,417 @@
+"""Claims of data/readers.py on small true DICOM files."""
+
+import io
+import math
+import subprocess
+import sys
+
+import numpy as np
+from pydicom import uid
+from pydicom.sequence import Sequence
+import pytest
+
+from vjepa_jax import data
+from vjepa_jax.data import readers
+from vjepa_jax.data.record import ReadError
+
+NAN = math.nan
+
+
+def read(dicom, dataset, **options):
+  return readers.read_dicom(dicom.to_bytes(dataset), source="scan.dcm", **options)
+
+
+def reason(function, *args, **options) -> str:
+  with pytest.raises(ReadError) as caught:
+    function(*args, **options)
+  return caught.value.reason
+
+
+def groups(dicom, frames: list[dict], shared: dict | None = None) -> dict:
+  tags = {"PerFrameFunctionalGroupsSequence": Sequence([dicom.item(**f) for f in frames])}
+  if shared is not None:
+    tags["SharedFunctionalGroupsSequence"] = Sequence([dicom.item(**shared)])
+  return tags
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16])
+def test_frames_rows_columns_become_z_y_x_in_the_stored_type(dicom, dtype):
+  volume = dicom.volume((3, 20, 26), dtype)
+  record = read(dicom, dicom.dataset(volume))
+  assert record.volume.shape == (1, 3, 20, 26, 1) and record.volume.dtype == dtype
+  np.testing.assert_array_equal(record.volume[0, ..., 0], volume)
+  assert record.subject == "p1"
+
+
+@pytest.mark.parametrize("syntax", [
+    uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian, uid.ExplicitVRBigEndian,
+    uid.DeflatedExplicitVRLittleEndian, uid.RLELossless, uid.JPEG2000Lossless,
+    uid.JPEGLSLossless,
+])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16])
+def test_every_lossless_syntax_gives_the_same_voxels(dicom, syntax, dtype):
+  if syntax == uid.JPEGLSLossless and dtype == np.int16:
+    pytest.skip("no encoder writes signed JPEG-LS")
+  volume = dicom.volume((3, 64, 66), dtype)
+  dataset = dicom.dataset(volume)
+  if syntax.is_encapsulated:
+    dataset.compress(syntax, generate_instance_uid=False)
+  elif syntax == uid.ExplicitVRBigEndian:
+    dataset.PixelData = volume.astype(volume.dtype.newbyteorder(">")).tobytes()
+  dataset.file_meta.TransferSyntaxUID = syntax
+  record = read(dicom, dataset)
+  np.testing.assert_array_equal(record.volume[0, ..., 0], volume)
+  assert record.meta["transfer_syntax"] == syntax.name
+
+
+def test_jpeg_baseline_is_read_within_its_loss(dicom):
+  from PIL import Image
+  from pydicom.encaps import encapsulate
+
+  volume = dicom.volume((2, 64, 64))
+  frames = []
+  for frame in volume:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=95)
+    frames.append(file.getvalue())
+  dataset = dicom.dataset(volume, PixelData=encapsulate(frames))
+  dataset["PixelData"].VR = "OB"
+  dataset["PixelData"].is_undefined_length = True
+  dataset.file_meta.TransferSyntaxUID = uid.JPEGBaseline8Bit
+  error = read(dicom, dataset).volume[0, ..., 0].astype(int) - volume
+  assert 0 < np.abs(error).mean() < 3
+
+
+def test_an_unknown_syntax_is_named_and_never_read_as_raw_pixels(dicom):
+  dataset = dicom.dataset(dicom.volume())
+  dataset.compress(uid.RLELossless, generate_instance_uid=False)
+  dataset.file_meta.TransferSyntaxUID = uid.MPEG2MPML
+  with pytest.raises(ReadError, match="MPEG2") as caught:
+    read(dicom, dataset)
+  assert caught.value.reason == "no_decoder"
+
+
+def test_a_missing_plugin_is_named_with_the_extra_that_brings_it(dicom, tmp_path):
+  dataset = dicom.dataset(dicom.volume())
+  dataset.compress(uid.JPEG2000Lossless, generate_instance_uid=False)
+  path = tmp_path / "scan.dcm"
+  path.write_bytes(dicom.to_bytes(dataset))
+  code = f"""
+import sys
+for name in ("openjpeg", "pylibjpeg", "PIL", "gdcm"):
+  sys.modules[name] = None  # As where the package is not installed.
+from vjepa_jax import data
+try:
+  data.read({str(path)!r})
+except data.ReadError as error:
+  print(error.reason, error)
+"""
+  ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert ran.stdout.startswith("no_decoder"), ran.stderr
+  assert "pylibjpeg" in ran.stdout and "vjepa_jax[codecs]" in ran.stdout
+
+
+def test_bits_above_the_stored_ones_are_dropped(dicom):
+  volume = dicom.volume((2, 8, 10), np.uint16) >> 4
+  dirty = volume | np.uint16(0xA000)
+  tags = {"BitsStored": 12, "HighBit": 11}
+  record = read(dicom, dicom.dataset(dirty, **tags))
+  np.testing.assert_array_equal(record.volume[0, ..., 0], volume)
+  shifted = dicom.dataset(volume << 4, BitsStored=12, HighBit=15)
+  np.testing.assert_array_equal(read(dicom, shifted).volume[0, ..., 0], volume)
+
+
+def test_the_sign_of_twelve_stored_bits_is_kept(dicom):
+  volume = np.array([[[-2048, -1, 0, 2047]]], np.int16)
+  dirty = (volume & 0x0FFF) | 0x5000
+  record = read(dicom, dicom.dataset(dirty.astype(np.int16), BitsStored=12, HighBit=11))
+  np.testing.assert_array_equal(record.volume[0, ..., 0], volume)
+
+
+@pytest.mark.parametrize("stored, dtype, tags, want", [
+    ([0, 10, 255], np.uint8, {}, [255, 245, 0]),
+    ([0, 10, 4095], np.uint16, {"BitsStored": 12, "HighBit": 11}, [4095, 4085, 0]),
+    ([-32768, 0, 32767], np.int16, {}, [32767, -1, -32768]),
+])
+def test_monochrome1_is_inverted_within_its_stored_bits(dicom, stored, dtype, tags, want):
+  dataset = dicom.dataset(
+      np.array([[stored]], dtype), PhotometricInterpretation="MONOCHROME1", **tags
+  )
+  record = read(dicom, dataset)
+  assert record.volume[0, ..., 0].tolist() == [[want]]
+  assert record.volume.dtype == dtype
+
+
+def test_a_whole_intercept_stays_an_integer_and_a_slope_gives_float32(dicom):
+  volume = np.array([[[0, 1000, 3000]]], np.uint16)
+  whole = read(dicom, dicom.dataset(volume, RescaleSlope=1, RescaleIntercept=-1024))
+  assert whole.volume.dtype == np.int16
+  assert whole.volume.ravel().tolist() == [-1024, -24, 1976]
+  scaled = read(dicom, dicom.dataset(volume, RescaleSlope=0.5, RescaleIntercept=3))
+  assert scaled.volume.dtype == np.float32
+  assert scaled.volume.ravel().tolist() == [3, 503, 1503]
+
+
+def test_the_shared_rescale_wins_over_the_frames_and_the_top_level(dicom):
+  volume = np.full((2, 1, 2), 10, np.uint16)
+  item = lambda slope: {  # noqa: E731
+      "PixelValueTransformationSequence": {"RescaleSlope": slope, "RescaleIntercept": 0}
+  }
+  frames = [item(2), item(3)]
+  own = dicom.dataset(volume, RescaleSlope=7, RescaleIntercept=0, **groups(dicom, frames))
+  assert read(dicom, own).volume[0, :, 0, 0, 0].tolist() == [20, 30]
+  both = dicom.dataset(volume, **groups(dicom, frames, item(5)))
+  assert read(dicom, both).volume[0, :, 0, 0, 0].tolist() == [50, 50]
+
+
+def test_a_zero_slope_is_refused(dicom):
+  dataset = dicom.dataset(dicom.volume(), RescaleSlope=0, RescaleIntercept=1)
+  assert reason(read, dicom, dataset) == "bad_rescale"
+
+
+def measures(*spacing, **more):
+  return {"PixelMeasuresSequence": {"PixelSpacing": list(spacing), **more}}
+
+
+def place(z):
+  return {"PlanePositionSequence": {"ImagePositionPatient": [0, 0.6 * z, 0.8 * z]}}
+
+
+def line(y):
+  return {"OphthalmicFrameLocationSequence": {"ReferenceCoordinates": [y, 1, y, 100]}}
+
+
+@pytest.mark.parametrize("name, frames, shared, top, manifest, want, source", [
+    ("shared before per-frame", [measures(9, 9) | place(0.1 * i) for i in range(3)],
+     measures(0.004, 0.012, SliceThickness=7), {}, None,
+     (0.1, 0.004, 0.012), "shared+positions"),
+    ("per-frame before top", [measures(0.005, 0.01)] * 3, {},
+     {"PixelSpacing": [9, 9], "SpacingBetweenSlices": 0.25}, None,
+     (0.25, 0.005, 0.01), "per_frame+between_slices"),
+    ("fundus lines scaled by a frame's own width", [line(10.0 + 5 * i) for i in range(3)],
+     measures(0.004, 0.011), {}, None,
+     (5 * 0.011 * 9 / 99, 0.004, 0.011), "shared+frame_location"),
+    ("between slices before thickness", [{}] * 3,
+     measures(0.004, 0.012, SliceThickness=7, SpacingBetweenSlices=0.2), {}, None,
+     (0.2, 0.004, 0.012), "shared+between_slices"),
+    ("thickness last", [{}] * 3, measures(0.004, 0.012, SliceThickness=0.3), {}, None,
+     (0.3, 0.004, 0.012), "shared+slice_thickness"),
+    ("the manifest's", [{}] * 3, {}, {}, (0.1, 0.2, 0.3), (0.1, 0.2, 0.3), "manifest"),
+    ("the manifest fills the pitch", [{}] * 3, measures(0.004, 0.012), {},
+     (0.1, 0.2, 0.3), (0.1, 0.004, 0.012), "shared+manifest"),
+    ("missing is NaN, never 1 mm", [{}] * 3, {}, {}, None, (NAN, NAN, NAN), "missing"),
+    ("uneven positions have no pitch", [place(z) for z in (0, 0.1, 0.4)],
+     measures(0.004, 0.012), {}, None, (NAN, 0.004, 0.012), "shared+varies"),
+    ("frames that differ have no spacing",
+     [measures(0.004, 0.01), measures(0.004, 0.02), measures(0.004, 0.03)], {},
+     {"SliceThickness": 0.1}, None, (0.1, NAN, NAN), "varies+slice_thickness"),
+])
+def test_spacing_is_looked_up_in_order(
+    dicom, name, frames, shared, top, manifest, want, source
+):
+  dataset = dicom.dataset(
+      dicom.volume((3, 8, 10)), **top, **groups(dicom, frames, shared)
+  )
+  record = read(dicom, dataset, manifest_spacing=manifest)
+  np.testing.assert_allclose(record.spacing, (NAN, *want), rtol=1e-5, err_msg=name)
+  assert record.meta["spacing_source"] == source
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.012])
+def test_a_spacing_of_zero_or_less_is_unknown_and_noted(dicom, bad):
+  dataset = dicom.dataset(
+      dicom.volume((3, 8, 10)), PixelSpacing=[0.004, bad], SpacingBetweenSlices=bad
+  )
+  record = read(dicom, dataset)
+  assert np.isnan(record.spacing).all()
+  assert record.meta["spacing_source"] == "missing"
+  assert "PixelSpacing" in record.meta["spacing_invalid"]
+
+
+def test_radial_frames_are_told_from_a_raster(dicom):
+  angles = np.arange(4) * np.pi / 4
+  frames = [
+      {"OphthalmicFrameLocationSequence": {"ReferenceCoordinates": [
+          round(float(v), 3) for v in (
+              50 - 40 * np.sin(a), 50 - 40 * np.cos(a),
+              50 + 40 * np.sin(a), 50 + 40 * np.cos(a))
+      ]}} for a in angles
+  ]
+  dataset = dicom.dataset(
+      dicom.volume((4, 8, 10)), **groups(dicom, frames, measures(0.004, 0.01))
+  )
+  record = read(dicom, dataset)
+  assert record.meta["geometry"] == "radial" and np.isnan(record.spacing[1])
+
+
+def test_anatomy_is_kept_and_the_name_is_not(dicom):
+  shared = {"FrameAnatomySequence": {
+      "FrameLaterality": "L", "AnatomicRegionSequence": {"CodeMeaning": "Macula"},
+  }}
+  dataset = dicom.dataset(
+      dicom.volume((2, 8, 10)), PatientName="Secret^Person", PatientBirthDate="19700101",
+      **groups(dicom, [{}, {}], shared),
+  )
+  record = read(dicom, dataset)
+  assert record.meta["laterality"] == "L" and record.meta["region"] == "Macula"
+  assert record.meta["device"] == "Maker One"
+  assert "Secret" not in str(record.meta) and "1970" not in str(record.meta)
+
+
+def test_colour_is_refused_or_read_as_luminance_by_option(dicom):
+  rgb = np.random.default_rng(0).integers(0, 256, (2, 8, 10, 3), dtype=np.uint8)
+  dataset = dicom.dataset(rgb)
+  assert reason(read, dicom, dataset) == "colour"
+  grey = read(dicom, dataset, colour="luminance").volume[0, ..., 0]
+  want = rgb.astype(float) @ [0.299, 0.587, 0.114]
+  assert grey.dtype == np.uint8 and np.abs(grey - want).max() <= 0.51
+
+
+def test_no_pixels_truncation_and_a_wrong_modality_have_their_reasons(dicom):
+  for how in ("no_pixel_data", "truncated", "wrong_modality", "not_dicom"):
+    dataset = dicom.dataset(dicom.volume())
+    content = dicom.break_bytes(how, dataset, dicom.to_bytes(dataset))
+    assert reason(readers.read_dicom, content) == how
+
+
+@pytest.mark.parametrize("syntax", [
+    uid.RLELossless, uid.JPEG2000Lossless, uid.JPEGLSLossless,
+    uid.DeflatedExplicitVRLittleEndian,
+])
+def test_a_compressed_file_cut_anywhere_in_its_pixels_is_bad_not_shorter(dicom, syntax):
+  dataset = dicom.dataset(dicom.volume((3, 64, 64)))
+  if syntax.is_encapsulated:
+    dataset.compress(syntax, generate_instance_uid=False)
+  dataset.file_meta.TransferSyntaxUID = syntax
+  content = dicom.to_bytes(dataset)
+  for part in (0.4, 0.7, 0.9, 0.99):
+    cut = content[: int(len(content) * part)]
+    assert reason(readers.read_dicom, cut) in ("truncated", "decode_failed")
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("claimed", [3, 5])
+def test_the_number_of_frames_must_be_what_decodes(dicom, compress, claimed):
+  dataset = dicom.dataset(dicom.volume((4, 16, 16)))
+  if compress:
+    dataset.compress(uid.RLELossless, generate_instance_uid=False)
+  dataset.NumberOfFrames = claimed
+  assert reason(read, dicom, dataset) in ("frames_mismatch", "truncated")
+
+
+def test_functional_groups_of_another_number_of_frames_are_refused(dicom):
+  dataset = dicom.dataset(dicom.volume((4, 8, 8)), **groups(dicom, [{}] * 3))
+  assert reason(read, dicom, dataset) == "frames_mismatch"
+
+
+def test_a_header_that_claims_terabytes_is_refused_before_decoding(dicom):
+  dataset = dicom.dataset(dicom.volume((2, 64, 64)))
+  dataset.compress(uid.RLELossless, generate_instance_uid=False)
+  dataset.Rows, dataset.Columns, dataset.NumberOfFrames = 65535, 65535, 100_000
+  with pytest.raises(ReadError, match="429,483,622,500,000|max_voxels") as caught:
+    read(dicom, dataset)
+  assert caught.value.reason == "too_large"
+
+
+def test_bits_that_are_not_supported_are_named(dicom):
+  dataset = dicom.dataset(np.zeros((1, 4, 4), np.uint32))
+  assert reason(read, dicom, dataset) == "unsupported_pixels"
+
+
+def test_float_pixel_data_is_read_and_its_nan_refused(dicom):
+  volume = np.random.default_rng(0).standard_normal((2, 4, 6)).astype(np.float32)
+  for spoil in (False, True):
+    if spoil:
+      volume[1, 2, 3] = NAN
+    dataset = dicom.dataset(np.zeros((2, 4, 6), np.uint16))
+    del dataset.PixelData
+    dataset.BitsAllocated = 32
+    dataset.FloatPixelData = volume.tobytes()
+    if spoil:
+      assert reason(read, dicom, dataset) == "nan_voxels"
+    else:
+      np.testing.assert_array_equal(read(dicom, dataset).volume[0, ..., 0], volume)
+
+
+def test_damaged_headers_give_read_errors_and_nothing_else(dicom):
+  dataset = dicom.dataset(
+      dicom.volume((2, 8, 10)), PixelSpacing=[0.004, 0.012], RescaleSlope=1,
+      RescaleIntercept=0, **groups(dicom, [place(0), place(1)], measures(0.1, 0.2)),
+  )
+  content = dicom.to_bytes(dataset)
+  rng = np.random.default_rng(0)
+  found = set()
+  for _ in range(400):
+    spoilt = bytearray(content)
+    for at in rng.integers(132, len(content) - 160, 4):
+      spoilt[at] = rng.integers(256)
+    try:
+      readers.read_dicom(bytes(spoilt), max_voxels=10**6)
+    except ReadError as error:
+      found.add(error.reason)
+  assert "bad_header" in found
+
+
+def test_an_open_file_reads_as_its_bytes(dicom):
+  content = dicom.to_bytes(dicom.dataset(dicom.volume()))
+  a = readers.read_dicom(io.BytesIO(content)).volume
+  np.testing.assert_array_equal(a, readers.read_dicom(content).volume)
+
+
+def test_read_goes_by_content_and_lists_what_it_supports(dicom, tmp_path):
+  volume = dicom.volume((3, 8, 10))
+  disguised = tmp_path / "scan.npy"
+  disguised.write_bytes(dicom.to_bytes(dicom.dataset(volume)))
+  np.testing.assert_array_equal(data.read(str(disguised)).volume[0, ..., 0], volume)
+  other = tmp_path / "scan.tif"
+  other.write_bytes(b"II*\x00" + b"x" * 200)
+  with pytest.raises(ReadError, match=r"DICOM, \.npy and \.npz") as caught:
+    data.read(str(other))
+  assert caught.value.reason == "unsupported_format"
+  (tmp_path / "empty.dcm").write_bytes(b"")
+  assert reason(data.read, str(tmp_path / "empty.dcm")) == "empty_file"
+  (tmp_path / "text.dcm").write_bytes(b"x" * 300)
+  assert reason(data.read, str(tmp_path / "text.dcm")) == "not_dicom"
+
+
+def test_arrays_are_read_with_their_spacing(tmp_path):
+  volume = np.arange(24, dtype=np.uint16).reshape(2, 3, 4)
+  np.savez(tmp_path / "a.npz", volume=volume, spacing=[0.1, 0.2, 0.3])
+  np.save(tmp_path / "b.npy", volume.astype(np.float64))
+  a, b = (data.read(str(tmp_path / name)) for name in ("a.npz", "b.npy"))
+  np.testing.assert_array_equal(a.volume[0, ..., 0], volume)
+  np.testing.assert_allclose(a.spacing, [NAN, 0.1, 0.2, 0.3], rtol=1e-6)
+  assert b.volume.dtype == np.float32 and np.isnan(b.spacing).all()
+  assert b.meta["spacing_source"] == "missing"
+  np.save(tmp_path / "flat.npy", volume[0])
+  assert reason(data.read, str(tmp_path / "flat.npy")) == "unsupported_format"
+  (tmp_path / "c.npy").write_bytes((tmp_path / "b.npy").read_bytes()[:-9])
+  assert reason(data.read, str(tmp_path / "c.npy")) == "truncated"
+
+
+@pytest.mark.parametrize("name, shape, dtype, spacing, source", [
+    ("enhanced_ct_2frame.dcm", (2, 512, 512), np.int16, (10, 0.388672, 0.388672),
+     "shared+positions"),
+    ("enhanced_mr_10frame.dcm", (10, 64, 64), np.uint16, (1.2, NAN, NAN),
+     "missing+between_slices"),
+    ("ct_slice_j2k.dcm", (1, 512, 512), np.int16, (20, 0.478516, 0.478516),
+     "top_level+between_slices"),
+])
+def test_real_files_of_other_modalities_read_right(
+    shared, name, shape, dtype, spacing, source
+):
+  path = str(shared(f"data/{name}"))
+  assert reason(data.read, path, modalities=("OPT",)) == "wrong_modality"
+  record = data.read(path)
+  assert record.volume.shape == (1, *shape, 1) and record.volume.dtype == dtype
+  np.testing.assert_allclose(record.spacing[1:], spacing, rtol=1e-5)
+  assert record.meta["spacing_source"] == source
+  import pydicom
+
+  raw = pydicom.dcmread(path)
+  stored = raw.pixel_array.reshape(shape).astype(int)
+  if name.startswith(("enhanced_ct", "ct_slice")):
+    shift = record.volume[0, ..., 0].astype(int) - stored
+    assert len(np.unique(shift)) == 1 and shift.flat[0] < 0
+  else:
+    np.testing.assert_array_equal(record.volume[0, ..., 0], stored)

@@ -1,0 +1,332 @@
+"""Augmentation: one view a sample, its own key, and nothing that was not asked."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vjepa_jax.volumes import augment as lib
+
+SHAPE = (1, 4, 8, 8)
+
+
+def _batch(rows=3, shape=SHAPE, channels=1, dtype=np.float32, seed=0):
+  rng = np.random.default_rng(seed)
+  volume = rng.integers(3, 250, (rows, *shape, channels)).astype(dtype)
+  flat = volume.reshape(rows, -1).astype(np.float64)
+  return {
+      "volume": volume,
+      "mean": flat.mean(1).astype(np.float32),
+      "std": flat.std(1).astype(np.float32),
+      "spacing": np.tile(np.array([np.nan, 0.2, 0.01, 0.05], np.float32), (rows, 1)),
+      "_position": np.arange(rows, dtype=np.int32),
+      "_mask": np.ones(rows, np.float32),
+      "label": np.arange(rows, dtype=np.int32),
+  }
+
+
+def _coordinates(rows, shape=SHAPE):
+  """Each voxel holds its own place in four channels."""
+  places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+  batch = _batch(rows, shape)
+  batch["volume"] = np.tile(places[None], (rows, 1, 1, 1, 1, 1)).astype(np.float32)
+  return batch
+
+
+def _run(batch, *, seed=0, train=True, **options):
+  options.setdefault("normalize", "none")
+  augment = jax.jit(lib.make_augment(**options), static_argnames="train")
+  return jax.tree.map(np.asarray, augment(batch, jax.random.key(seed), train=train))
+
+
+ALL = dict(
+    normalize="zscore", crop=(1, 2, 6, 6), flip=(0.0, 0.5, 0.5, 0.5),
+    shift=(0.0, 1.0, 2.0, 2.0), scale=(0.0, 0.1, 0.1, 0.1), rotate=0.2, rot90=0.5,
+    brightness=0.3, contrast=0.2, gamma=0.3, noise_std=0.1,
+)  # yapf: disable
+
+
+@functools.cache
+def _everything(views="shared"):
+  return jax.jit(lib.make_augment(**ALL, views=views), static_argnames="train")
+
+
+def test_all_off_is_the_identity():
+  batch = _batch()
+  out = _run(batch)
+  assert out["volume"].dtype == np.float32
+  jax.tree.map(np.testing.assert_array_equal, out, batch)
+
+
+def test_eval_only_normalises_and_cuts_the_centre():
+  batch = _batch()
+  out = jax.tree.map(
+      np.asarray, _everything()(batch, jax.random.key(0), train=False)
+  )
+  wanted = batch["volume"][:, :, 1:3, 1:7, 1:7]
+  wanted = (wanted - batch["mean"].reshape(-1, 1, 1, 1, 1, 1)) / batch["std"].reshape(
+      -1, 1, 1, 1, 1, 1
+  )
+  np.testing.assert_allclose(out["volume"], wanted, rtol=1e-5, atol=1e-5)
+  for key in ("spacing", "label", "_mask", "mean", "std"):
+    np.testing.assert_array_equal(out[key], batch[key])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16])
+def test_stored_types_give_what_float_gives(dtype):
+  options = dict(normalize="zscore", crop=(1, 2, 6, 6), scale=(0.0, 0.1, 0.0, 0.0))
+  wanted, got = (_run(_batch(dtype=d), **options) for d in (np.float32, dtype))
+  assert got["volume"].dtype == jnp.float32
+  np.testing.assert_array_equal(got["volume"], wanted["volume"])
+
+
+def test_zscore_has_mean_0_and_std_1_and_unit_lies_in_0_to_1():
+  batch = _batch(dtype=np.uint8)
+  flat = _run(batch, normalize="zscore", train=False)["volume"].reshape(3, -1)
+  np.testing.assert_allclose(flat.mean(1), 0, atol=1e-5)
+  np.testing.assert_allclose(flat.std(1), 1, rtol=1e-5)
+  flat = _run(batch, normalize="unit", train=False)["volume"].reshape(3, -1)
+  np.testing.assert_array_equal(flat.min(1), 0)
+  np.testing.assert_allclose(flat.max(1), 1, rtol=1e-6)
+
+
+def test_a_constant_volume_stays_finite():
+  batch = _batch()
+  batch["volume"][:] = 7
+  batch["mean"][:], batch["std"][:] = 7, 0
+  for how in lib.NORMALIZATIONS:
+    assert np.isfinite(_run(batch, normalize=how, gamma=0.5)["volume"]).all()
+
+
+@pytest.mark.parametrize("axis", range(4))
+def test_a_flip_mirrors_its_axis_and_nothing_else_and_undoes_itself(axis):
+  probability = tuple(float(a == axis) for a in range(4))
+  batch = _batch(shape=(2, 4, 6, 5))
+  once = _run(batch, flip=probability)
+  np.testing.assert_array_equal(once["volume"], np.flip(batch["volume"], axis + 1))
+  twice = _run(once, flip=probability)
+  np.testing.assert_array_equal(twice["volume"], batch["volume"])
+  np.testing.assert_array_equal(once["spacing"], batch["spacing"])
+
+
+def test_flips_come_as_often_as_asked_and_never_axially_by_default():
+  batch = _coordinates(400)
+  volume = _run(batch, flip=(0.0, 0.3, 0.0, 0.5))["volume"]
+  flipped = {
+      axis: np.take(volume, 0, axis + 1)[..., axis].reshape(400, -1)[:, 0] > 0
+      for axis in range(1, 4)
+  }
+  assert not flipped[2].any()
+  assert abs(flipped[1].mean() - 0.3) < 0.08 and abs(flipped[3].mean() - 0.5) < 0.08
+  # Independent draws: the two agree as often as chance says.
+  assert abs((flipped[1] & flipped[3]).mean() - 0.15) < 0.06
+
+
+def test_one_transform_moves_all_channels_and_both_views_alike():
+  """Each voxel carries its place: context and target stay the same anatomy."""
+  options = {
+      **ALL, "normalize": "none", "brightness": 0.0, "contrast": 0.0, "gamma": 0.0,
+      "noise_std": 0.0, "views": "shared_geometry",
+  }  # yapf: disable
+  out = _run(_coordinates(6), **options)
+  np.testing.assert_array_equal(out["volume"], out["volume_context"])
+  # Linear interpolation maps the place itself: a channel of one axis stays an
+  # affine function of the voxel, inside the border that clamping touches.
+  options.update(shift=(0.0,) * 4, scale=(0.0,) * 4, rotate=0.0)
+  volume = _run(_coordinates(6), **options)["volume"]
+  whole = {tuple(p) for p in _coordinates(1)["volume"].reshape(-1, 4)}
+  for one in volume:
+    places = [tuple(p) for p in one.reshape(-1, 4)]
+    assert set(places) <= whole and len(set(places)) == len(places)
+    steps = [np.abs(np.diff(one, axis=a)).sum(-1) for a in range(1, 3)]
+    assert all((s == 1).all() for s in steps)  # neighbours stay neighbours
+
+
+def test_photometric_views_share_the_geometry_but_not_the_noise():
+  batch = _batch()
+  out = _run(batch, noise_std=0.5, flip=(0, 0, 0, 0.5), views="shared_geometry")
+  clean = _run(batch, flip=(0, 0, 0, 0.5))["volume"]
+  first, second = (out[k] - clean for k in ("volume", "volume_context"))
+  assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.15
+  for noise in (first, second):
+    np.testing.assert_allclose(noise.std(), 0.5, rtol=0.1)
+  assert "volume_context" not in _run(batch, views="shared_geometry", train=False)
+
+
+def test_a_random_crop_is_a_window_and_reaches_both_ends():
+  batch = _coordinates(200, (1, 5, 6, 8))
+  volume = _run(batch, crop=(1, 3, 6, 4))["volume"]
+  assert volume.shape == (200, 1, 3, 6, 4, 4)
+  starts = volume[:, 0, 0, 0, 0]  # [B, 4]
+  window = np.stack(
+      np.meshgrid(*map(np.arange, (1, 3, 6, 4)), indexing="ij"), axis=-1
+  )
+  np.testing.assert_array_equal(volume, starts[:, None, None, None, None] + window)
+  assert set(starts[:, 1]) == {0, 1, 2} and set(starts[:, 3]) == {0, 1, 2, 3, 4}
+
+
+def _reference_resample(volume, axis, factor, move):
+  """Linear interpolation voxel by voxel with numpy.interp."""
+  size = volume.shape[axis]
+  centre = (size - 1) / 2
+  source = (np.arange(size) - centre - move) / factor + centre
+  line = lambda v: np.interp(source, np.arange(size), v)
+  return np.apply_along_axis(line, axis, volume)
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_scale_and_shift_equal_a_numpy_reference(axis):
+  volume = _batch(4, (2, 5, 9, 12))["volume"]
+  factor = np.array([0.8, 1.0, 1.25, 1.1], np.float32)
+  move = np.array([0.0, 2.0, -1.3, 0.4], np.float32)
+  got = lib._resample(jnp.asarray(volume), axis + 1, factor, move)
+  for b in range(4):
+    wanted = _reference_resample(volume[b], axis, factor[b], move[b])
+    np.testing.assert_allclose(got[b], wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_spacing_shrinks_as_the_image_grows():
+  batch = _coordinates(50, (1, 4, 8, 16))
+  out = _run(batch, scale=(0.0, 0.0, 0.0, 0.3))
+  factor = batch["spacing"][:, 3] / out["spacing"][:, 3]
+  assert factor.min() < 0.8 and factor.max() > 1.2 and abs(factor - 1).max() <= 0.3
+  np.testing.assert_array_equal(out["spacing"][:, :3], batch["spacing"][:, :3])
+  step = np.diff(out["volume"][:, 0, 0, 0, 6:10, 3], axis=1)  # stored voxels a voxel
+  np.testing.assert_allclose(step, np.tile(1 / factor[:, None], 3), rtol=1e-4)
+
+
+def test_shift_is_bounded_by_its_amount():
+  out = _run(_coordinates(200, (1, 2, 8, 16)), shift=(0.0, 0.0, 0.0, 3.0))["volume"]
+  move = 8 - out[:, 0, 0, 0, 8, 3]
+  assert abs(move).max() <= 3 and move.min() < -2 and move.max() > 2
+
+
+def test_rotation_turns_a_plane_about_its_centre():
+  size, angle = 33, 0.3
+  y, x = np.meshgrid(*(np.arange(size) - size // 2,) * 2, indexing="ij")
+  blob = lambda cy, cx: np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 8.0)
+  volume = blob(0, 9)[None, None, None, :, :, None].astype(np.float32)
+  turned = np.asarray(lib._rotate(jnp.asarray(volume), 3, 4, jnp.array([angle])))
+  image = turned[0, 0, 0, :, :, 0]
+  centre = np.array([(image * y).sum(), (image * x).sum()]) / image.sum()
+  wanted = 9 * np.array([np.sin(angle), np.cos(angle)])
+  np.testing.assert_allclose(np.abs(centre), wanted, atol=0.1)
+  still = lib._rotate(jnp.asarray(volume), 3, 4, jnp.zeros(1))
+  np.testing.assert_allclose(still, volume, atol=1e-6)
+
+
+def test_quarter_turns_equal_numpy_and_take_the_spacing_along():
+  batch = _batch(4, (1, 2, 6, 6))
+  turns = jnp.arange(4)
+  volume, spacing = lib._turn(
+      jnp.asarray(batch["volume"]), jnp.asarray(batch["spacing"]), 3, 4, turns
+  )
+  for k in range(4):
+    wanted = np.rot90(batch["volume"][k], k, axes=(2, 3))
+    np.testing.assert_array_equal(volume[k], wanted)
+    pair = batch["spacing"][k, 2:]
+    np.testing.assert_array_equal(spacing[k, 2:], pair[::-1] if k % 2 else pair)
+
+
+def test_noise_has_the_std_asked_and_mean_0_as_often_as_asked():
+  batch = _batch(64, (1, 4, 16, 16))
+  noise = _run(batch, noise_std=0.3, noise_probability=0.5)["volume"] - batch["volume"]
+  noisy = np.abs(noise).reshape(64, -1).max(1) > 0
+  assert 18 < noisy.sum() < 46
+  np.testing.assert_allclose(noise[noisy].std(), 0.3, rtol=0.02)
+  np.testing.assert_allclose(noise[noisy].mean(), 0, atol=0.01)
+
+
+def test_brightness_contrast_and_gamma_change_what_they_should():
+  batch = _batch(40)
+  flat = batch["volume"].reshape(40, -1)
+  run = lambda **o: _run(batch, **o)["volume"].reshape(40, -1)
+  added = run(brightness=2.0) - flat
+  assert np.ptp(added, axis=1).max() < 1e-4 and 1 < np.abs(added).max() <= 2
+  ratio = run(contrast=0.2) / flat
+  assert np.ptp(ratio, axis=1).max() < 1e-4 and 0.1 < np.abs(ratio - 1).max() <= 0.2
+  bent = run(gamma=0.5)
+  np.testing.assert_allclose(bent.min(1), flat.min(1), rtol=1e-5)
+  np.testing.assert_allclose(bent.max(1), flat.max(1), rtol=1e-5)
+  change = bent.mean(1) - flat.mean(1)
+  assert change.max() > 1 and change.min() < -1
+
+
+def test_a_sample_is_augmented_alike_whatever_batch_it_is_in():
+  batch = _batch(6)
+  whole = _everything("shared_geometry")(batch, jax.random.key(4), train=True)
+  parts = [
+      _everything("shared_geometry")(
+          {k: v[i : i + 3] for k, v in batch.items()}, jax.random.key(4), train=True
+      )
+      for i in (0, 3)
+  ]
+  joined = jax.tree.map(lambda *p: np.concatenate(p), *parts)
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), whole, joined
+  )
+
+
+def test_draws_repeat_with_the_key_and_differ_between_samples_and_keys():
+  batch = _batch(4)
+  for key in ("volume", "mean", "std"):
+    batch[key][:] = batch[key][:1]
+  run = lambda seed: np.asarray(
+      _everything()(batch, jax.random.key(seed), train=True)["volume"]
+  )
+  first = run(0)
+  np.testing.assert_array_equal(first, run(0))
+  assert not np.allclose(first, run(1))
+  assert all(not np.allclose(first[0], other) for other in first[1:])
+
+
+@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
+def test_other_types_of_key_serve_as_well(implementation):
+  key = jax.random.key(0, impl=implementation)
+  batch = _batch(4)
+  augment = jax.jit(
+      lib.make_augment(crop=(1, 2, 6, 6), noise_std=0.1), static_argnames="train"
+  )
+  whole = augment(batch, key, train=True)["volume"]
+  last = augment({k: v[2:] for k, v in batch.items()}, key, train=True)["volume"]
+  np.testing.assert_allclose(whole[2:], last, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options,word",
+    [
+        ({"flip": (0, 0, 1.5, 0)}, "flip"),
+        ({"flip": (0.5, 0.5, 0.5)}, "four numbers"),
+        ({"shift": (0, 0, -1, 0)}, "shift"),
+        ({"scale": (0, 0, 0, 1.0)}, "scale"),
+        ({"rot90": 2}, "rot90 2"),
+        ({"noise_std": -0.1}, "noise_std"),
+        ({"crop": (1, 9, 8, 8)}, "Z=9 is larger than the volume's 4"),
+        ({"crop": (1, 0, 8, 8)}, "crop"),
+        ({"normalize": "z-score"}, "closest: zscore"),
+        ({"views": "two"}, "closest"),
+        ({"rotate_axes": ("Y", "Y")}, "rotate_axes"),
+        ({"rot90": 0.5, "rot90_axes": ("Z", "X")}, "equal length"),
+    ],
+)
+def test_augment_faults_names_each_fault(options, word):
+  faults = lib.augment_faults(options, SHAPE)
+  assert len(faults) == 1 and word in faults[0], faults
+
+
+def test_sound_options_have_no_faults_and_all_faults_come_together():
+  assert not lib.augment_faults(ALL, SHAPE)
+  assert len(lib.augment_faults({"flip": (2,), "rotate": -1, "views": "x"})) == 3
+  with pytest.raises(ValueError, match="flip.*rotate"):
+    lib.make_augment(flip=(2.0, 0, 0, 0), rotate=-1.0)
+
+
+def test_a_volume_that_does_not_fit_is_refused():
+  with pytest.raises(ValueError, match="larger than"):
+    _run(_batch(), crop=(1, 4, 8, 9))
+  batch = _batch()
+  batch["volume"] = batch["volume"][..., 0]
+  with pytest.raises(ValueError, match="wanted"):
+    _run(batch)

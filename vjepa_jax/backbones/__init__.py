@@ -1,0 +1,1 @@
+"""Backbones: a volume, or the kept tokens of it, in; Features out."""

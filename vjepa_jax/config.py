@@ -1,0 +1,600 @@
+"""From a config to the units it names: all faults at once, then one build each.
+
+This is the only place where a string of a config becomes an import, and, beside
+`main`, the only one that sees a whole config. Every unit gets its own keywords
+and nothing else.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import difflib
+import importlib
+import inspect
+import os
+import pathlib
+import pkgutil
+from typing import Any
+
+import jax
+import ml_collections
+
+from vjepa_jax.data import phantoms, pipeline
+from vjepa_jax.train import evaluate, loop, optim, schedules, sharding
+from vjepa_jax.volumes import augment, masks
+from vjepa_jax.volumes.grid import Grid, grid_faults
+
+SUFFIXES = ("steps", "epochs", "percent")
+# The embedded corpora, by what follows `phantom:` in data.manifest.
+PHANTOMS = {
+    "oct": {},
+    "oct_tiny": dict(patients=dict(train=8, probe=12, validation=4), broken=3),
+}
+WANDB = ("project", "entity", "name", "mode", "tags", "group", "notes")
+# section -> (package, what a module of it offers)
+_PLACES = {
+    "model": ("vjepa_jax.backbones", "Model"),
+    "objective": ("vjepa_jax.objectives", "Objective"),
+    "evals": ("vjepa_jax.evaluators", "Evaluator"),
+}
+SECTIONS = ("data", "augment", "model", "objective", "optimizer", "train", "evals")
+
+
+class ConfigError(ValueError):
+  """A config that cannot run; `faults` lists every reason."""
+
+  def __init__(self, name: str, faults: list[str]):
+    self.faults = faults
+    lines = "\n".join(f"  {name}: {fault}" for fault in faults)
+    super().__init__(f"{len(faults)} fault(s) in the config:\n{lines}")
+
+
+def load(spec: str) -> ml_collections.ConfigDict:
+  """Reads `FILE.py[:arg]` and returns its config.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+  """
+  path, _, arg = spec.partition(":")
+  module_spec = importlib.util.spec_from_file_location("vjepa_jax_config", path)
+  module = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(module)
+  return module.get_config(arg)
+
+
+def resolve(section: str, name: str) -> Any:
+  """Returns what the module `name` of a section offers.
+
+  Raises:
+    KeyError: for an unknown name; lists the closest.
+  """
+  package, attribute = _PLACES[section]
+  known = [
+      m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__)
+      if m.name != "base" and hasattr(importlib.import_module(f"{package}.{m.name}"), attribute)
+  ]
+  if name not in known:
+    raise KeyError(f"{name!r} is none of {_closest(name, known)}")
+  return getattr(importlib.import_module(f"{package}.{name}"), attribute)
+
+
+def duration(
+    section: Mapping[str, Any], stem: str, *, total_steps: int, steps_per_epoch: int
+) -> int | None:
+  """Returns `stem`_{steps,epochs,percent} of a section in steps; None if absent.
+
+  Raises:
+    ValueError: if it is spelled in two ways.
+  """
+  found = [s for s in SUFFIXES if section.get(f"{stem}_{s}") is not None]
+  if len(found) > 1:
+    raise ValueError(
+        f"{stem} is spelled twice: " + ", ".join(f"{stem}_{s}" for s in found)
+    )
+  if not found:
+    return None
+  value = section[f"{stem}_{found[0]}"]
+  scale = {
+      "steps": 1, "epochs": steps_per_epoch, "percent": total_steps / 100.0
+  }[found[0]]
+  return round(value * scale)
+
+
+def in_steps(
+    section: Mapping[str, Any],
+    keywords: Iterable[str],
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
+) -> dict[str, Any]:
+  """Returns a section with every duration rewritten as the unit's `*_steps`."""
+  result = {k: v for k, v in section.items() if _stem(k) is None}
+  for stem in {_stem(k) for k in section} - {None}:
+    if f"{stem}_steps" in keywords:
+      result[f"{stem}_steps"] = duration(
+          section, stem, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+      )
+    else:
+      result.update({k: v for k, v in section.items() if _stem(k) == stem})
+  return result
+
+
+def check_config(
+    config: ml_collections.ConfigDict, *, device_count: int | None = None
+) -> None:
+  """Reports everything that is wrong with a config, before anything is touched.
+
+  Args:
+    config: of a config file, with overrides.
+    device_count: devices of the run, where known: the batch must divide.
+
+  Raises:
+    ConfigError: lists every fault.
+  """
+  plain = as_plain(config)
+  faults = _section_faults(plain)
+  if not faults:  # the rules below read keys that must exist
+    faults = _geometry_faults(plain) + _training_faults(plain, device_count)
+  if faults:
+    raise ConfigError(plain.get("name", "config"), faults)
+
+
+def as_plain(config: ml_collections.ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+  """Returns nested dicts without the placeholders that nobody filled."""
+  if isinstance(config, ml_collections.ConfigDict):
+    config = config.to_dict()
+  return {
+      key: as_plain(value) if isinstance(value, Mapping) else value
+      for key, value in config.items()
+      if value is not None
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What a config stands for, built and ready to run.
+
+  Attributes:
+    config: the plain config, as saved with the run.
+    data: the open data.
+    objective: owns parameters, masks and loss.
+    optimizer: of `train.optim`.
+    augment: host batch -> device batch.
+    mesh: of devices.
+    grid: tokens that the model sees.
+    options: of the train loop.
+    evaluators: name -> (evaluator, every how many steps).
+  """
+
+  config: dict[str, Any]
+  data: pipeline.Data
+  objective: Any
+  optimizer: optim.Optimizer
+  augment: Callable[..., Any]
+  mesh: Any
+  grid: Grid
+  options: loop.LoopOptions
+  evaluators: dict[str, tuple[Any, int | None]]
+
+
+def build(
+    config: ml_collections.ConfigDict,
+    *,
+    quarantine: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Experiment:
+  """Builds every unit of a sound config, each from its own keywords.
+
+  Args:
+    config: of a config file, with overrides; `check_config` is run again, now
+      with the number of devices.
+    quarantine: file that bad recordings are listed in.
+    say: gets a line now and then while data are read.
+
+  Raises:
+    ConfigError: as `check_config`.
+    DataError: if the manifest or too many of its files cannot be used.
+  """
+  check_config(config, device_count=jax.device_count())
+  plain = as_plain(config)
+  grid = model_grid(plain)
+  data = open_data(plain, quarantine=quarantine, say=say)
+  train, steps = plain["train"], _lengths(plain["train"], data)
+  objective = build_objective(plain, **steps)
+  unit_augment = augment.make_augment(**plain["augment"])
+  mesh = sharding.make_mesh(train.get("mesh_data", -1), train.get("mesh_fsdp", 1))
+  functions = evaluate.wrap_functions(objective.functions(), unit_augment, mesh)
+  evaluators = _build_evaluators(plain, functions, data, **steps)
+  return Experiment(
+      config=plain,
+      data=data,
+      objective=objective,
+      optimizer=build_optimizer(
+          batch_size=train["batch_size"],
+          **in_steps(plain["optimizer"], _parameters(build_optimizer), **steps)
+          | {"total_steps": steps["total_steps"]},
+      ),
+      augment=unit_augment,
+      mesh=mesh,
+      grid=grid,
+      options=_loop_options(plain, grid, evaluators, **steps),
+      evaluators=evaluators,
+  )
+
+
+def open_data(
+    plain: Mapping[str, Any],
+    *,
+    quarantine: str | None = None,
+    say: Callable[[str], None] = print,
+) -> pipeline.Data:
+  """Opens the data section; `phantom:NAME` writes the embedded corpus first.
+
+  Args:
+    plain: the whole config; an empty value of the section means "not given".
+    quarantine: file that bad recordings are listed in.
+    say: gets a line now and then while data are read.
+  """
+  section = _given(plain["data"])
+  if section["manifest"].startswith("phantom:"):
+    section["manifest"] = phantom_manifest(section["manifest"], say)
+
+  def progress(done: int, total: int) -> None:
+    if done == total or done % max(total // 4, 1) == 0:
+      say(f"read {done} of {total} files")
+
+  return pipeline.open_data(
+      **section, seed=plain["seed"], quarantine=quarantine, progress=progress
+  )
+
+
+def _given(section: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a section without the keys whose value is empty, at any depth."""
+  filled = {
+      k: _given(v) if isinstance(v, Mapping) else v for k, v in section.items()
+  }
+  return {k: v for k, v in filled.items() if v not in ("", 0, (), {})}
+
+
+def phantom_manifest(name: str, say: Callable[[str], None] = print) -> str:
+  """Writes the phantom corpus `phantom:NAME` into the cache, once.
+
+  The cache is VJEPA_JAX_CACHE, or ~/.cache/vjepa_jax.
+
+  Raises:
+    KeyError: for an unknown name.
+  """
+  _, _, key = name.partition(":")
+  if key not in PHANTOMS:
+    raise KeyError(f"data.manifest {name!r}: closest: {_closest(key, PHANTOMS)}")
+  home = os.environ.get("VJEPA_JAX_CACHE", "~/.cache/vjepa_jax")
+  folder = pathlib.Path(home).expanduser() / f"{key}_phantoms_v{phantoms.VERSION}"
+  if not folder.exists():
+    say(f"writing the embedded corpus to {folder}")
+  return str(phantoms.write_oct_corpus(folder, **PHANTOMS[key]))
+
+
+def build_objective(
+    plain: Mapping[str, Any], *, total_steps: int, steps_per_epoch: int
+) -> Any:
+  """Builds the objective and the backbone in it."""
+  section = {k: v for k, v in plain["model"].items() if k != "name"}
+  model = importlib.import_module(
+      f"{_PLACES['model'][0]}.{plain['model']['name']}"
+  ).build(**section)
+  unit = resolve("objective", plain["objective"]["name"])
+  options = in_steps(
+      {k: v for k, v in plain["objective"].items() if k != "name"},
+      _parameters(unit), total_steps=total_steps, steps_per_epoch=steps_per_epoch,
+  )
+  return unit(model, **options)
+
+
+def build_optimizer(
+    *,
+    batch_size: int,
+    total_steps: int,
+    learning_rate: float,
+    learning_rate_batch: int | None = None,
+    learning_rate_scaling: str = "none",
+    schedule: str = "cosine",
+    warmup_steps: int = 0,
+    decay_steps: int = 0,
+    final_fraction: float = 0.0,
+    weight_decay: float = 0.0,
+    final_weight_decay: float | None = None,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    clip_norm: float | None = None,
+    decay: tuple[tuple[str, bool], ...] = (),
+    frozen: tuple[str, ...] = (),
+) -> optim.Optimizer:
+  """Builds AdamW and its schedules from a config's numbers.
+
+  Args:
+    batch_size: global batch of the run.
+    total_steps: length of the run.
+    learning_rate: peak, as measured at `learning_rate_batch`.
+    learning_rate_batch: global batch that it was measured at; None: this run's.
+    learning_rate_scaling: "none", "sqrt" or "linear" in batch_size over it.
+    schedule: "cosine", "constant", "linear" or "wsd", after the warm-up.
+    warmup_steps: linear rise from 0.
+    decay_steps: of "wsd", the fall at the end.
+    final_fraction: of the peak, reached at the end.
+    weight_decay: at the start.
+    final_weight_decay: at the end, along a cosine; None: constant.
+    b1, b2, eps, clip_norm, decay, frozen: see `optim.make_optimizer`.
+
+  Raises:
+    ValueError: for unknown names or lengths that do not fit.
+  """
+  powers = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
+  if learning_rate_scaling not in powers:
+    raise ValueError(
+        f"optimizer.learning_rate_scaling {learning_rate_scaling!r} is none of "
+        + ", ".join(powers)
+    )
+  ratio = batch_size / (learning_rate_batch or batch_size)
+  peak = learning_rate * ratio ** powers[learning_rate_scaling]
+  # offset 1: as V-JEPA 2 counts, so that no step has a learning rate of 0.
+  common = dict(warmup_steps=warmup_steps, final=final_fraction * peak, offset=1)
+  builders = {
+      "cosine": lambda: schedules.warmup_cosine(peak, total_steps, **common),
+      "wsd": lambda: schedules.wsd(
+          peak, total_steps, decay_steps=decay_steps, **common
+      ),
+      "linear": lambda: schedules.wsd(
+          peak, total_steps, decay_steps=total_steps - warmup_steps, **common
+      ),
+      "constant": lambda: schedules.wsd(
+          peak, total_steps, decay_steps=0, **{**common, "final": peak}
+      ),
+  }
+  if schedule not in builders:
+    raise ValueError(
+        f"optimizer.schedule {schedule!r} is none of {', '.join(builders)}"
+    )
+  wd = weight_decay
+  if final_weight_decay is not None:
+    wd = schedules.cosine(weight_decay, final_weight_decay, total_steps)
+  return optim.make_optimizer(
+      learning_rate=builders[schedule](), weight_decay=wd, b1=b1, b2=b2, eps=eps,
+      clip_norm=clip_norm, decay=decay, frozen=frozen,
+  )
+
+
+def _lengths(train: Mapping[str, Any], data: pipeline.Data) -> dict[str, int]:
+  """Returns total_steps and steps_per_epoch of a run on these data."""
+  volumes = len(data.splits["train"])
+  per_epoch = train.get("steps_per_epoch") or max(volumes // train["batch_size"], 1)
+  total = train.get("total_steps") or round(train["total_epochs"] * per_epoch)
+  return {"total_steps": total, "steps_per_epoch": per_epoch}
+
+
+def _loop_options(plain, grid, evaluators, **steps) -> loop.LoopOptions:
+  own = ("steps_per_epoch", "mesh_data", "mesh_fsdp", "total_epochs")
+  section = {k: v for k, v in plain["train"].items() if k not in own}
+  section = in_steps(section, _parameters(loop.LoopOptions), **steps)
+  section["total_steps"] = steps["total_steps"]
+  best = section.get("best_metric") or None
+  # Without labels there is no probe, and then nothing to choose the best by.
+  if best and best.split(".")[0] not in evaluators:
+    best = None
+  wandb = plain.get("wandb", {})
+  return loop.LoopOptions(**{
+      **section,
+      "best_metric": best,
+      "tokens_per_volume": grid.tokens,
+      "wandb": wandb if wandb.get("project") else None,
+  })
+
+
+def _build_evaluators(plain, functions, data, **steps):
+  evaluators = {}
+  for name, options in plain["evals"].items():
+    unit = resolve("evals", options["type"])
+    if getattr(unit, "needs_labels", False) and not plain["data"].get("label"):
+      continue
+    options = in_steps(
+        options, [*_parameters(unit), "every_steps"], **steps
+    )
+    every = options.pop("every_steps") or None
+    options.pop("type")
+    evaluators[name] = (unit(functions, data, **options), every)
+  return evaluators
+
+
+def model_grid(plain: Mapping[str, Any]) -> Grid:
+  """Returns the grid of tokens that the model sees.
+
+  Raises:
+    ValueError: if the voxels are not a multiple of the patch.
+  """
+  voxels = plain["augment"].get("crop") or (1, *plain["data"]["canvas"])
+  return Grid(tuple(voxels), tuple(plain["model"]["patch"]))
+
+
+def _section_faults(plain: Mapping[str, Any]) -> list[str]:
+  """Unknown and missing keys, durations spelled twice, names that do not resolve."""
+  faults = []
+  known = {"name", "seed", "wandb", *SECTIONS}
+  for key in sorted(set(plain) - known):
+    faults.append(f"{key}: unknown section; closest: {_closest(key, known)}")
+  for key in sorted({"name", "seed", *SECTIONS} - set(plain)):
+    faults.append(f"{key}: missing")
+  for section in SECTIONS:
+    if not isinstance(plain.get(section), Mapping):
+      continue
+    units = plain[section].items() if section == "evals" else [("", plain[section])]
+    for name, options in units:
+      place = f"{section}.{name}" if name else section
+      try:
+        keywords = _keywords(section, options)
+      except KeyError as error:
+        faults.append(f"{place}: {error.args[0]}")
+        continue
+      faults += _keyword_faults(place, options, keywords)
+  if "wandb" in plain:
+    faults += _keyword_faults("wandb", plain["wandb"], dict.fromkeys(WANDB, False))
+  return faults
+
+
+def _keywords(section: str, options: Mapping[str, Any]) -> dict[str, bool]:
+  """Returns {keyword: whether it must be given} of the unit behind a section."""
+  if section == "data":
+    return _without(_parameters(pipeline.open_data), "seed", "quarantine", "progress")
+  if section == "augment":
+    return _parameters(augment.make_augment)
+  if section == "optimizer":
+    return _without(_parameters(build_optimizer), "batch_size", "total_steps")
+  if section == "train":
+    known = _without(_parameters(loop.LoopOptions), "tokens_per_volume", "wandb")
+    own = dict.fromkeys(("total_steps", "steps_per_epoch", "mesh_data", "mesh_fsdp"), False)
+    return {**known, **own}
+  if section == "model":
+    model = resolve("model", options.get("name", ""))
+    return {"name": True, "preset": True, **dict.fromkeys(_fields(model), False)}
+  if section == "objective":
+    unit = resolve("objective", options.get("name", ""))
+    return {"name": True, **_without(_parameters(unit), "backbone")}
+  unit = resolve("evals", options.get("type", ""))
+  known = _without(_parameters(unit), "functions", "data")
+  return {"type": True, "every_steps": True, **known}
+
+
+def _keyword_faults(
+    place: str, options: Mapping[str, Any], keywords: Mapping[str, bool]
+) -> list[str]:
+  faults = []
+  stems = {_stem(k) for k in keywords if k.endswith("_steps")}
+  durations = {f"{stem}_{s}" for stem in stems for s in SUFFIXES}
+  for key in sorted(options):
+    if key not in keywords and key not in durations:
+      near = _closest(key, set(keywords) | durations)
+      faults.append(f"{place}.{key}: unknown key; closest: {near}")
+  for stem in sorted(stems):
+    found = [f"{stem}_{s}" for s in SUFFIXES if f"{stem}_{s}" in options]
+    if len(found) > 1:
+      faults.append(f"{place}.{stem}: spelled twice, as {' and '.join(found)}; keep one")
+    if not found and keywords.get(f"{stem}_steps"):
+      faults.append(f"{place}.{stem}_steps: missing (or _epochs, _percent)")
+    for key in found:
+      if not options[key] >= 0:
+        faults.append(f"{place}.{key}: {options[key]} must not be negative")
+  for key in sorted(k for k, required in keywords.items() if required):
+    if key not in options and not key.endswith("_steps"):
+      faults.append(f"{place}.{key}: missing")
+  return faults
+
+
+def _geometry_faults(plain: Mapping[str, Any]) -> list[str]:
+  """Voxels by patch, crop by canvas, mask counts by grid, options of the units."""
+  canvas, crop = plain["data"]["canvas"], plain["augment"].get("crop")
+  voxels = tuple(crop or (1, *canvas))
+  where = "augment.crop" if crop else "data.canvas"
+  patch = tuple(plain["model"]["patch"])
+  faults = [f"{where} {voxels}: {f}" for f in grid_faults(voxels, patch)]
+  options = {k: v for k, v in plain["objective"].items() if _stem(k) is None}
+  faults += objective_faults(plain["objective"]["name"], options)
+  if faults:
+    return faults
+  grid = Grid(voxels, patch)
+  faults += [
+      f"augment: {f}" for f in augment.augment_faults(plain["augment"], (1, *canvas))
+  ]
+  for name, group in plain["objective"].get("masks", {}).items():
+    faults += [f"objective.masks.{name}: {f}" for f in masks.mask_faults(group, grid)]
+  return faults
+
+
+def objective_faults(name: str, options: Mapping[str, Any]) -> list[str]:
+  """Asks the objective's own module what is wrong with its options."""
+  package, _ = _PLACES["objective"]
+  module = importlib.import_module(f"{package}.{name}")
+  unit = {k: v for k, v in options.items() if k != "name"}
+  return module.objective_faults(**unit)
+
+
+def _training_faults(
+    plain: Mapping[str, Any], device_count: int | None
+) -> list[str]:
+  """Batch by accumulation and devices, the run's length, the probe's label."""
+  train, faults = plain["train"], []
+  batch, accum = train["batch_size"], train.get("accum", 1)
+  lengths = [f"total_{s}" for s in SUFFIXES[:2] if f"total_{s}" in train]
+  if len(lengths) != 1:
+    faults.append(
+        "train.total_steps or train.total_epochs: give one; got "
+        + (" and ".join(lengths) or "none")
+    )
+  if batch < 1 or accum < 1 or batch % accum:
+    faults.append(
+        f"train.batch_size {batch}: not a multiple of train.accum {accum}"
+    )
+  else:
+    faults += _mesh_faults(train, batch // accum, device_count)
+  best = train.get("best_metric", "")
+  if best and best.split(".")[0] in ("loss", "validation"):
+    faults.append(
+        f"train.best_metric {best!r}: the self-supervised loss does not say which "
+        "checkpoint is best (it may rise while features improve); name a probe's "
+        "number such as 'probe.accuracy', or '' for none"
+    )
+  if not plain["data"].get("manifest"):
+    faults.append(
+        "data.manifest: empty; give your own table with --config.data.manifest=FILE "
+        "(columns participant_id, filepath, ...), or run the embedded corpus with "
+        "the arm :sample"
+    )
+  return faults
+
+
+def _mesh_faults(
+    train: Mapping[str, Any], micro: int, device_count: int | None
+) -> list[str]:
+  data, fsdp = train.get("mesh_data", -1), train.get("mesh_fsdp", 1)
+  faults = []
+  if device_count and device_count % fsdp:
+    faults.append(
+        f"train.mesh_fsdp {fsdp}: does not divide the {device_count} device(s)"
+    )
+  elif device_count and data not in (-1, device_count // fsdp):
+    faults.append(
+        f"train.mesh_data {data} x train.mesh_fsdp {fsdp}: is not the number of "
+        f"devices, {device_count}; -1 takes what is left"
+    )
+  shards = device_count or (data * fsdp if data > 0 else fsdp)
+  if not faults and micro % shards:
+    faults.append(
+        f"train.batch_size: a micro-batch of {micro} rows does not divide over "
+        f"{shards} device(s)"
+    )
+  return faults
+
+
+def _parameters(unit: Callable[..., Any]) -> dict[str, bool]:
+  """Returns {keyword: required} of a function, class or dataclass."""
+  return {
+      name: p.default is inspect.Parameter.empty
+      for name, p in inspect.signature(unit).parameters.items()
+      if p.kind is not inspect.Parameter.VAR_KEYWORD
+  }
+
+
+def _fields(module: type) -> list[str]:
+  return [f.name for f in dataclasses.fields(module) if f.name not in ("parent", "name")]
+
+
+def _without(keywords: Mapping[str, bool], *given: str) -> dict[str, bool]:
+  return {k: v for k, v in keywords.items() if k not in given}
+
+
+def _stem(key: str) -> str | None:
+  stem, _, suffix = key.rpartition("_")
+  return stem if suffix in SUFFIXES and stem else None
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+  known = sorted(known)
+  close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+  return ", ".join(close or known)

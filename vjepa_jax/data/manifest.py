@@ -1,0 +1,452 @@
+"""The table of recordings: who, which eye, which device, which file, which split.
+
+A row never enters or leaves in silence: what is dropped is counted by reason,
+and a participant is never on two sides of a split.
+"""
+
+import collections
+from collections.abc import Iterable, Mapping, Sequence
+import csv
+import dataclasses
+import difflib
+import hashlib
+import io
+import math
+from typing import Any
+
+from vjepa_jax.data import storage
+from vjepa_jax.data.record import DataError
+
+REQUIRED = ("participant_id", "filepath")
+DEVICES = (
+    "heidelberg_spectralis", "topcon_triton", "topcon_maestro2", "zeiss_cirrus"
+)
+FIELDS = (
+    "participant", "device", "region", "imaging", "laterality", "geometry", "site"
+)
+_NONE = ("", "nan", "none", "null", "n/a", "na")
+_VARIES = "varies by frame"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One recording of the manifest.
+
+  Attributes:
+    path: the file, joined to the root.
+    participant: whose recording it is.
+    device: named by a `device` column or a path component; else "unknown".
+    region: anatomic_region; "unknown" where not given.
+    imaging: kind of imaging; "unknown" where not given.
+    laterality: as in the manifest; "unknown" where not given.
+    geometry: "raster", "radial", ... from a column; else "line" (one frame),
+      "varying" (pixel_spacing says so) or "raster".
+    site: from a `site` or `clinical_site` column; else "unknown".
+    label: name of the class, or None.
+    split: from a split column, or "".
+    spacing: (dz, dy, dx) in mm of the manifest, NaN where not given.
+  """
+
+  path: str
+  participant: str
+  device: str = "unknown"
+  region: str = "unknown"
+  imaging: str = "unknown"
+  laterality: str = "unknown"
+  geometry: str = "raster"
+  site: str = "unknown"
+  label: str | None = None
+  split: str = ""
+  spacing: tuple[float, float, float] = (math.nan, math.nan, math.nan)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """The kept rows of a manifest, in its order, and what was dropped.
+
+  Attributes:
+    path: the manifest.
+    rows: what is kept.
+    lost: rows dropped, by reason.
+  """
+
+  path: str
+  rows: tuple[Row, ...]
+  lost: Mapping[str, int]
+
+
+def read_manifest(
+    path: str,
+    *,
+    root: str | None = None,
+    label: str | None = None,
+    participants: str | None = None,
+    split: str | None = None,
+    filters: Mapping[str, Sequence[str] | str] | None = None,
+    exclude: Mapping[str, Sequence[str] | str] | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Manifest:
+  """Reads a TSV or CSV manifest, local or `gs://`.
+
+  Args:
+    path: the manifest; needs the columns participant_id and filepath.
+    root: what filepath is joined to, also where it starts with "/"; by default
+      the manifest's folder.
+    label: column with the class, here or in `participants`.
+    participants: a second table with one row a participant_id; its columns
+      serve where the manifest lacks them.
+    split: column with the split, here or in `participants`.
+    filters: keep only rows whose field has one of these values; fields are
+      participant, device, region, imaging, laterality, geometry, site, label.
+    exclude: drop rows whose field has one of these values.
+    columns: {column this library knows: its name in this file}.
+
+  Returns:
+    The kept rows and a count of the dropped by reason.
+
+  Raises:
+    DataError: missing columns (all at once, with the closest names), a file of
+      two participants, a participant listed twice in `participants`, unknown
+      fields, or a filter value that no row has.
+    ReadError: if a table cannot be fetched.
+  """
+  table, names = _read_table(path)
+  columns = dict(columns or {})
+  _check_columns(path, names, [columns.get(k, k) for k in REQUIRED])
+  people = _read_participants(participants)
+  wanted = [columns.get(c, c) for c in (label, split) if c]
+  known = set(names) | {k for person in people.values() for k in person}
+  _check_columns(participants or path, sorted(known), wanted)
+  root = storage.parent(path) if root is None else root
+  lost: collections.Counter[str] = collections.Counter()
+  rows: dict[str, Row] = {}
+  uids = set()
+  for line, cells in enumerate(table, 2):
+    person = people.get(cells.get(columns.get("participant_id", "participant_id")))
+    if participants and person is None:
+      lost["not_in_participants"] += 1
+      continue
+    row, uid = _to_row({**(person or {}), **cells}, columns, root, label, split)
+    reason = _reason_to_drop(row, uid, rows, uids, f"{path}:{line}")
+    if reason:
+      lost[reason] += 1
+      continue
+    uids.add(uid)
+    rows[row.path] = row
+  kept = _filter(path, list(rows.values()), filters or {}, exclude or {}, lost)
+  return Manifest(path, tuple(kept), dict(lost))
+
+
+def split_by_participant(
+    rows: Sequence[Row],
+    fractions: Mapping[str, float],
+    *,
+    stratify: Sequence[str] = ("device", "label"),
+    seed: int = 0,
+) -> dict[str, list[Row]]:
+  """Parts the participants, never their files, into named splits.
+
+  Participants of one stratum (their devices, labels, ...) are dealt out by the
+  largest deficit against `fractions`, in an order that hashes the seed and the
+  participant, so that a new participant moves few others. Every split gets at
+  least one participant.
+
+  Args:
+    rows: the recordings.
+    fractions: {split: share of the participants}, adding to 1.
+    stratify: row fields to keep in proportion.
+    seed: of the order.
+
+  Returns:
+    {split: rows in their order}; no participant is in two of them.
+
+  Raises:
+    DataError: for bad fractions or fields, or fewer participants than splits.
+  """
+  _check_fractions(fractions)
+  _check_fields(stratify, "stratify")
+  strata = _strata(rows, stratify, seed)
+  total = sum(map(len, strata))
+  if total < len(fractions):
+    raise DataError(
+        f"{total} participant(s) cannot fill {len(fractions)} splits "
+        f"({', '.join(fractions)}); ask for fewer splits or more records"
+    )
+  home = _deal(strata, fractions)
+  parts: dict[str, list[Row]] = {name: [] for name in fractions}
+  for row in rows:
+    parts[home[row.participant]].append(row)
+  check_disjoint({k: {r.participant for r in v} for k, v in parts.items()})
+  return parts
+
+
+def split_by_column(rows: Sequence[Row]) -> tuple[dict[str, list[Row]], int]:
+  """Parts the rows by their `split` column.
+
+  Returns:
+    {split: rows}, and how many rows name no split.
+
+  Raises:
+    DataError: naming the participants that are in two splits.
+  """
+  parts: dict[str, list[Row]] = {}
+  for row in rows:
+    if row.split:
+      parts.setdefault(row.split, []).append(row)
+  check_disjoint({k: {r.participant for r in v} for k, v in parts.items()})
+  return parts, sum(not row.split for row in rows)
+
+
+def check_disjoint(
+    groups: Mapping[Any, Iterable[Any]], what: str = "participant"
+) -> None:
+  """Checks that no member is in two groups: participants of splits, rows of hosts.
+
+  Raises:
+    DataError: naming up to five members and the groups they are in.
+  """
+  homes: dict[Any, list[Any]] = {}
+  for name, members in groups.items():
+    for member in set(members):
+      homes.setdefault(member, []).append(name)
+  shared = {k: v for k, v in homes.items() if len(v) > 1}
+  if shared:
+    shown = "; ".join(
+        f"{k} in {' and '.join(map(str, v))}"
+        for k, v in sorted(shared.items(), key=lambda kv: str(kv[0]))[:5]
+    )
+    raise DataError(f"{len(shared)} {what}(s) are in two groups: {shown}")
+
+
+def count(rows: Iterable[Row], field: str) -> dict[str, int]:
+  """Counts the rows by a field, most frequent first; no label counts as "none"."""
+  found = collections.Counter(_value(row, field) for row in rows)
+  return dict(sorted(found.items(), key=lambda kv: (-kv[1], kv[0])))
+
+
+def label_names(rows: Iterable[Row]) -> tuple[str, ...]:
+  """Returns the class names in order: numbers by value, others by letter."""
+  names = {row.label for row in rows if row.label is not None}
+  return tuple(sorted(names, key=lambda n: (_number(n) is None, _number(n) or 0., n)))
+
+
+def _read_table(path: str) -> tuple[list[dict[str, str]], list[str]]:
+  text = storage.read_bytes(path).decode("utf-8-sig", errors="replace")
+  head = text.split("\n", 1)[0]
+  if path.endswith(".tsv"):
+    delimiter = "\t"
+  elif path.endswith(".csv"):
+    delimiter = ","
+  else:
+    delimiter = "\t" if head.count("\t") >= head.count(",") else ","
+  reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+  names = [(n or "").strip() for n in reader.fieldnames or ()]
+  reader.fieldnames = names
+  table = [
+      {k: (v or "").strip() for k, v in cells.items() if isinstance(k, str)}
+      for cells in reader
+  ]
+  return table, names
+
+
+def _check_columns(path: str, found: Sequence[str], wanted: Sequence[str]):
+  missing = [name for name in wanted if name not in found]
+  if not missing:
+    return
+  hints = []
+  for name in missing:
+    close = difflib.get_close_matches(name, found, 3, 0.4)
+    hints.append(f"{name} (closest: {', '.join(close)})" if close else name)
+  raise DataError(
+      f"{path}: missing column(s) {'; '.join(hints)}. Found: "
+      f"{', '.join(found) or 'none'}. Rename them, or map them with `columns`."
+  )
+
+
+def _read_participants(path: str | None) -> dict[str, dict[str, str]]:
+  if path is None:
+    return {}
+  table, names = _read_table(path)
+  _check_columns(path, names, ["participant_id"])
+  counts = collections.Counter(cells["participant_id"] for cells in table)
+  twice = sorted(k for k, n in counts.items() if n > 1)
+  if twice:
+    raise DataError(
+        f"{path}: participant(s) listed twice: {', '.join(twice[:5])}; keep one "
+        "row each"
+    )
+  return {cells["participant_id"]: cells for cells in table}
+
+
+def _to_row(
+    cells: Mapping[str, str],
+    columns: Mapping[str, str],
+    root: str,
+    label: str | None,
+    split: str | None,
+) -> tuple[Row, str]:
+  def get(*names: str) -> str:
+    for name in names:
+      value = cells.get(columns.get(name, name), "")
+      if value.lower() not in _NONE:
+        return value
+    return ""
+
+  path = get("filepath")
+  row = Row(
+      path=storage.join(root, path) if path else "",
+      participant=get("participant_id"),
+      device=get("device") or _device_of(path),
+      region=get("anatomic_region") or "unknown",
+      imaging=get("imaging") or "unknown",
+      laterality=get("laterality") or "unknown",
+      geometry=get("geometry") or _geometry_of(get),
+      site=get("site", "clinical_site") or "unknown",
+      label=(get(label) or None) if label else None,
+      split=get(split) if split else "",
+      spacing=_spacing_of(get("pixel_spacing"), get("slice_thickness")),
+  )
+  return row, get("sop_instance_uid")
+
+
+def _reason_to_drop(
+    row: Row, uid: str, rows: Mapping[str, Row], uids: set[str], where: str
+) -> str | None:
+  if not row.participant:
+    return "no_participant"
+  if not row.path:
+    return "no_filepath"
+  if row.path in rows:
+    if rows[row.path].participant != row.participant:
+      raise DataError(
+          f"{where}: {row.path} belongs to participants "
+          f"{rows[row.path].participant} and {row.participant}; keep one row"
+      )
+    return "duplicate_row"
+  return "duplicate_uid" if uid and uid in uids else None
+
+
+def _device_of(path: str) -> str:
+  parts = path.lower().split("/")
+  return next((device for device in DEVICES if device in parts), "unknown")
+
+
+def _geometry_of(get: Any) -> str:
+  if get("pixel_spacing").lower() == _VARIES:
+    return "varying"
+  return "line" if _number(get("number_of_frames")) == 1 else "raster"
+
+
+def _spacing_of(pixel: str, thickness: str) -> tuple[float, float, float]:
+  """Returns (dz, dy, dx) of "[dy, dx]" and a thickness, NaN where unreadable."""
+  cells = pixel.strip("[]()").replace("\\", ",").split(",")
+  values = [_number(cell) for cell in (thickness, *cells)]
+  if len(values) != 3:
+    values = [values[0], None, None]
+  return tuple(v if v is not None and v > 0 else math.nan for v in values)
+
+
+def _number(text: str) -> float | None:
+  try:
+    value = float(text)
+  except ValueError:
+    return None
+  return value if math.isfinite(value) else None
+
+
+def _value(row: Row, field: str) -> str:
+  value = getattr(row, field)
+  return "none" if value is None else value
+
+
+def _check_fields(fields: Iterable[str], what: str):
+  allowed = (*FIELDS, "label")
+  for field in fields:
+    if field not in allowed:
+      close = difflib.get_close_matches(field, allowed, 3, 0.0)
+      raise DataError(f"{what}: unknown field {field!r}; closest {', '.join(close)}")
+
+
+def _filter(
+    path: str,
+    rows: list[Row],
+    filters: Mapping[str, Sequence[str] | str],
+    exclude: Mapping[str, Sequence[str] | str],
+    lost: collections.Counter[str],
+) -> list[Row]:
+  for rules, what in ((filters, "filters"), (exclude, "exclude")):
+    _check_fields(rules, what)
+  for field, values in filters.items():
+    values = (values,) if isinstance(values, str) else tuple(map(str, values))
+    present = {_value(row, field) for row in rows}
+    for value in values:
+      if value not in present:
+        close = difflib.get_close_matches(value, present, 3, 0.0)
+        raise DataError(
+            f"{path}: filters.{field}: no row has {value!r}; closest "
+            f"{', '.join(close) or 'none'}"
+        )
+    kept = [row for row in rows if _value(row, field) in values]
+    lost[f"filtered_{field}"] += len(rows) - len(kept)
+    rows = kept
+  for field, values in exclude.items():
+    values = (values,) if isinstance(values, str) else tuple(map(str, values))
+    kept = [row for row in rows if _value(row, field) not in values]
+    lost[f"excluded_{field}"] += len(rows) - len(kept)
+    rows = kept
+  return rows
+
+
+def _check_fractions(fractions: Mapping[str, float]):
+  bad = {k: v for k, v in fractions.items() if not v > 0}
+  if not fractions or bad or abs(sum(fractions.values()) - 1) > 1e-6:
+    raise DataError(
+        f"splits {dict(fractions)} must be positive shares that add to 1, got "
+        f"{sum(fractions.values()):.6g}"
+    )
+
+
+def _strata(
+    rows: Sequence[Row], fields: Sequence[str], seed: int
+) -> list[list[str]]:
+  """Returns participants grouped by what they have, in a seeded order."""
+  facts: dict[str, list[set[str]]] = {}
+  for row in rows:
+    sets = facts.setdefault(row.participant, [set() for _ in fields])
+    for found, field in zip(sets, fields, strict=True):
+      found.add(_value(row, field))
+  strata: dict[str, list[str]] = {}
+  for person, sets in facts.items():
+    strata.setdefault(repr([sorted(s) for s in sets]), []).append(person)
+
+  def order(person: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{person}".encode()).digest()
+
+  return [sorted(strata[key], key=order) for key in sorted(strata)]
+
+
+def _deal(
+    strata: Sequence[Sequence[str]], fractions: Mapping[str, float]
+) -> dict[str, str]:
+  """Gives each participant to the split that lags most, here and overall."""
+  home: dict[str, str] = {}
+  total: collections.Counter[str] = collections.Counter()
+  for stratum in strata:
+    inside: collections.Counter[str] = collections.Counter()
+    for n, person in enumerate(stratum, 1):
+      name = max(
+          fractions,
+          key=lambda k: (fractions[k] * n - inside[k])
+          + (fractions[k] * (len(home) + 1) - total[k]),
+      )
+      home[person] = name
+      inside[name] += 1
+      total[name] += 1
+  for name in fractions:
+    if not total[name]:
+      giver = max(total, key=lambda k: total[k])
+      person = [p for p, k in home.items() if k == giver][-1]
+      home[person] = name
+      total[giver] -= 1
+      total[name] += 1
+  return home

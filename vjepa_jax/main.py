@@ -1,0 +1,160 @@
+"""Trains what a config says; the same command again goes on where it stopped.
+
+  python -m vjepa_jax.main --config=configs/oct_multi.py:sample --workdir=runs/sample
+
+The workdir then holds config.json, data_report.json, quarantine.tsv,
+metrics.jsonl, TensorBoard events, checkpoints/, figures/ and report.json. Exit
+codes: 0 done; 2 a config or data that cannot run; 143 or 130 stopped by SIGTERM
+or SIGINT after saving.
+"""
+
+from collections.abc import Mapping
+import json
+import pathlib
+import sys
+from typing import Any
+
+from absl import app, flags, logging
+import jax
+from ml_collections import config_flags
+
+from vjepa_jax import config as config_lib
+from vjepa_jax.data import pipeline
+from vjepa_jax.data.record import DataError
+from vjepa_jax.report import summary
+from vjepa_jax.train import loop, metrics
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "FILE.py[:ARG] of the experiment; --config.KEY=VALUE overrides.",
+    lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; default runs/NAME of the config."
+)
+# What may differ between a run and its continuation.
+_FREE = ("train", "evals", "wandb")
+_FIXED_IN_TRAIN = ("batch_size", "accum")
+
+
+def main(argv: list[str]) -> None:
+  """Checks, builds, trains, reports."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}; flags begin with --")
+  logging.set_verbosity(logging.WARNING)
+  config = _CONFIG.value
+  try:
+    config_lib.check_config(config)
+    workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name}")
+    train(config, workdir)
+  except (config_lib.ConfigError, DataError) as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+
+
+def train(config: Any, workdir: pathlib.Path) -> None:
+  """Runs an experiment in a workdir and writes its report.
+
+  Args:
+    config: a checked ConfigDict.
+    workdir: local folder, made where absent.
+
+  Raises:
+    ConfigError: if the workdir holds a run of another config.
+    DataError: if the data cannot be used.
+  """
+  plain = config_lib.as_plain(config)
+  check_continuation(workdir, plain)
+  workdir.mkdir(parents=True, exist_ok=True)
+  experiment = config_lib.build(config, quarantine=str(workdir / "quarantine.tsv"))
+  data, options = experiment.data, experiment.options
+  if jax.process_index() == 0:
+    _write_json(workdir / "config.json", plain)
+    _write_json(workdir / "data_report.json", data.report)
+    print(format_data(data.report))
+  held_out = data.splits.get("validation")
+  state = loop.run(
+      objective=experiment.objective,
+      optimizer=experiment.optimizer,
+      augment=experiment.augment,
+      train_iterator=pipeline.train_iterator(
+          data.splits["train"],
+          batch_size=options.batch_size // jax.process_count(),
+          seed=config.seed,
+          shard=(jax.process_index(), jax.process_count()),
+      ),
+      workdir=workdir,
+      options=options,
+      config=plain,
+      seed=config.seed,
+      mesh=experiment.mesh,
+      eval_batches=held_out and (
+          lambda: pipeline.eval_batches(held_out, options.batch_size)
+      ),
+      evaluators=experiment.evaluators,
+  )
+  del state
+  if jax.process_index() == 0:
+    # Lazy reading learns of bad files on the way.
+    _write_json(workdir / "data_report.json", data.report)
+    report = summary.write_report(workdir, metrics.read(workdir))
+    print(summary.format_report(report))
+    print(f"figures, report and checkpoints are in {workdir}")
+
+
+def check_continuation(workdir: pathlib.Path, plain: Mapping[str, Any]) -> None:
+  """Refuses to go on in a workdir that holds a run of another config.
+
+  Raises:
+    ConfigError: lists every key that differs and matters.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    return
+  found, wanted = _flat(json.loads(path.read_text())), _flat(json.loads(json.dumps(plain)))
+  faults = [
+      f"{key}: {found.get(key)!r} in {path}, {wanted.get(key)!r} now; name another "
+      "--workdir, or the old value"
+      for key in sorted(found.keys() | wanted.keys())
+      if found.get(key) != wanted.get(key) and _matters(key)
+  ]
+  if faults:
+    raise config_lib.ConfigError(plain["name"], faults)
+
+
+def format_data(report: Mapping[str, Any]) -> str:
+  """Returns a few lines that say what the data are and what was lost."""
+  lines = []
+  for name, split in report["splits"].items():
+    devices = ", ".join(f"{k} {n}" for k, n in sorted(split["device"].items()))
+    lines.append(
+        f"{name}: {split['records']} volumes of {split['participants']} participants "
+        f"({devices})"
+    )
+  lost = {**report["lost"], **report["quarantine"]}
+  lines.append("lost: " + (", ".join(f"{k} {n}" for k, n in lost.items()) or "nothing"))
+  return "\n".join(lines)
+
+
+def _matters(key: str) -> bool:
+  section, _, rest = key.partition(".")
+  return section not in _FREE or (section == "train" and rest in _FIXED_IN_TRAIN)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      flat |= _flat(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+  path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+  jax.config.config_with_absl()
+  flags.mark_flags_as_required(["config"])
+  app.run(main)

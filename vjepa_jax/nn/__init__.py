@@ -1,0 +1,1 @@
+"""Linen parts that two or more backbones or objectives share."""

@@ -1,0 +1,270 @@
+"""Pre-norm transformer blocks, scanned over depth."""
+
+import difflib
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from vjepa_jax.nn.attention import INITIALIZERS, SAVED, MultiHeadAttention, scaled
+from vjepa_jax.nn.positions import Rope
+
+REMAT = ("none", "full", "attention")
+
+
+def layer_norm(name: str | None = None, eps: float = 1e-6) -> nn.LayerNorm:
+  """Returns the LayerNorm of all our models: affine, float32, exact variance.
+
+  flax's fast variance, E[x^2] - E[x]^2, loses digits where the variance is small.
+  """
+  return nn.LayerNorm(
+      epsilon=eps, dtype=jnp.float32, use_fast_variance=False, name=name
+  )
+
+
+def default_heads(
+    width: int, heads: int | None = None, otherwise: int | None = None
+) -> int:
+  """Returns the number of heads: 128 wide wherever the width allows it.
+
+  A TPU's matrix unit is 128 x 128; narrower heads leave it idle in proportion.
+
+  Args:
+    width: D.
+    heads: taken as it is where given.
+    otherwise: heads where D is no multiple of 128; None: 64 wide, or the widest
+      power of two below that divides D.
+
+  Raises:
+    ValueError: if D is not a multiple of the number of heads.
+  """
+  if heads is None:
+    fits = [size for size in (64, 32, 16, 8) if width % size == 0]
+    if width % 128 == 0:
+      heads = width // 128
+    elif otherwise is not None:
+      heads = otherwise
+    elif fits:
+      heads = width // fits[0]
+    else:
+      raise ValueError(
+          f"width {width} is a multiple of no usual head width (128, 64, 32, 16, 8); "
+          "say heads="
+      )
+  if heads < 1 or width % heads:
+    divisors = [n for n in range(1, width + 1) if width % n == 0]
+    nearest = sorted(sorted(divisors, key=lambda n: abs(n - heads))[:2])
+    raise ValueError(
+        f"width {width} is not a multiple of heads {heads}; nearest "
+        f"{' or '.join(map(str, nearest))}"
+    )
+  return heads
+
+
+class Mlp(nn.Module):
+  """The feed-forward half of a block.
+
+  Attributes:
+    width: D.
+    ratio: hidden width over D.
+    swiglu: silu(fc1 x) * fc2 x -> fc3, the hidden width cut to 2/3 and rounded up
+      to a multiple of 8, instead of gelu(fc1 x) -> fc2 (V-JEPA 2's wide_silu).
+    dtype: compute type.
+    initializer: a name in INITIALIZERS.
+    out_scale: factor on the initial output weights; may be traced.
+  """
+
+  width: int
+  ratio: float = 4.0
+  swiglu: bool = False
+  dtype: str = "float32"
+  initializer: str = "vjepa"
+  out_scale: float | jax.Array = 1.0
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps each token of [B, N, D] on its own."""
+    draw = INITIALIZERS[self.initializer]
+    dense = lambda width, name, draw=draw: nn.Dense(
+        width, dtype=jnp.dtype(self.dtype), kernel_init=draw, name=name
+    )
+    hidden = int(self.width * self.ratio)
+    out = scaled(draw, self.out_scale)
+    if self.swiglu:
+      hidden = -(-(hidden * 2 // 3) // 8) * 8
+      x = nn.silu(dense(hidden, "fc1")(x)) * dense(hidden, "fc2")(x)
+      return dense(self.width, "fc3", out)(x)
+    x = nn.gelu(dense(hidden, "fc1")(x), approximate=False)
+    return dense(self.width, "fc2", out)(x)
+
+
+class Block(nn.Module):
+  """x += attention(norm(x)); x += mlp(norm(x)).
+
+  Attributes:
+    width: D.
+    heads: H.
+    mlp_ratio: hidden width of the MLP over D.
+    swiglu: see `Mlp`.
+    attention: implementation of `attention.attend`.
+    attention_chunk: of `attention.attend`.
+    eps: of both norms.
+    dtype: compute type; parameters, norms and softmax stay float32.
+    initializer: "vjepa" also divides the initial weights of both output
+      projections by sqrt(2 l) in the l-th block, from 1 (of SwiGLU those of fc3;
+      V-JEPA 2 divides fc2, there an input branch); "xavier" does not.
+  """
+
+  width: int
+  heads: int
+  mlp_ratio: float = 4.0
+  swiglu: bool = False
+  attention: str = "xla"
+  attention_chunk: int = 512
+  eps: float = 1e-6
+  dtype: str = "float32"
+  initializer: str = "vjepa"
+
+  @nn.compact
+  def __call__(
+      self,
+      x: jax.Array,
+      *,
+      layer: int | jax.Array = 0,
+      drop_rate: float | jax.Array | None = None,
+      rope: Rope | None = None,
+      key_valid: jax.Array | None = None,
+  ) -> jax.Array:
+    """Maps tokens [B, N, D].
+
+    Args:
+      x: [B, N, D].
+      layer: which block of the stack, from 0; matters for the initial weights.
+      drop_rate: share of samples that skip each half (rng "drop_path"); None: none.
+      rope: tables of the tokens' positions.
+      key_valid: bool [B, N]; no token attends to those marked False.
+    """
+    dtype = jnp.dtype(self.dtype)
+    scale = 1.0
+    if self.initializer == "vjepa":
+      scale = jax.lax.rsqrt(2.0 * (jnp.asarray(layer, jnp.float32) + 1.0))
+    shared = dict(dtype=self.dtype, initializer=self.initializer, out_scale=scale)
+    y = layer_norm("norm1", self.eps)(x).astype(dtype)
+    y = MultiHeadAttention(
+        self.width, self.heads, self.attention, self.attention_chunk, **shared,
+        name="attn",
+    )(y, rope=rope, key_valid=key_valid)
+    x = x + self._drop(y, drop_rate)
+    y = layer_norm("norm2", self.eps)(x).astype(dtype)
+    y = Mlp(self.width, self.mlp_ratio, self.swiglu, **shared, name="mlp")(y)
+    return x + self._drop(y, drop_rate)
+
+  def _drop(self, y: jax.Array, rate) -> jax.Array:
+    """Drops whole samples and scales the others up (arXiv:1603.09382)."""
+    if rate is None:
+      return y
+    kept = 1.0 - jnp.asarray(rate, jnp.float32)
+    keep = jax.random.bernoulli(
+        self.make_rng("drop_path"), kept, (y.shape[0],) + (1,) * (y.ndim - 1)
+    )
+    return jnp.where(keep, y / kept, 0.0).astype(y.dtype)
+
+
+class Stack(nn.Module):
+  """`depth` blocks, compiled once: parameters are stacked under "blocks".
+
+  Attributes:
+    width: D.
+    depth: number of blocks.
+    heads: H.
+    mlp_ratio, swiglu, attention, attention_chunk, eps, dtype, initializer: see
+      `Block`.
+    drop_path: share of samples that skip a half of the last block; grows linearly
+      from 0 in the first.
+    remat: what the backward pass keeps of a block: "none" everything, "full" only
+      its input, "attention" also the output of attention, which is dear to
+      compute again.
+    unroll: blocks a trip of the loop; more trade compile time for speed.
+  """
+
+  width: int
+  depth: int
+  heads: int
+  mlp_ratio: float = 4.0
+  swiglu: bool = False
+  drop_path: float = 0.0
+  attention: str = "xla"
+  attention_chunk: int = 512
+  remat: str = "none"
+  unroll: int = 1
+  eps: float = 1e-6
+  dtype: str = "float32"
+  initializer: str = "vjepa"
+
+  @nn.compact
+  def __call__(
+      self,
+      x: jax.Array,
+      *,
+      rope: Rope | None = None,
+      key_valid: jax.Array | None = None,
+      train: bool = False,
+      capture: bool = False,
+  ) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Maps tokens [B, N, D].
+
+    Args:
+      x: [B, N, D].
+      rope: tables of the tokens' positions.
+      key_valid: bool [B, N]; no token attends to those marked False.
+      train: whether drop-path draws (rng stream "drop_path").
+      capture: whether to return also the output of each block, [depth, B, N, D].
+
+    Raises:
+      ValueError: for an unknown remat or initializer, or drop_path outside [0, 1).
+    """
+    self._check()
+    block = Block(
+        self.width, self.heads, self.mlp_ratio, self.swiglu, self.attention,
+        self.attention_chunk, self.eps, self.dtype, self.initializer, name="blocks",
+    )
+    drops = train and self.drop_path > 0
+
+    def step(block, x, layer, rope, key_valid):
+      rate = self.drop_path * layer / max(self.depth - 1, 1) if drops else None
+      x = block(x, layer=layer, drop_rate=rate, rope=rope, key_valid=key_valid)
+      return x, (x if capture else None)
+
+    scan = nn.scan(
+        _remat(step, self.remat),
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "drop_path": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),
+        length=self.depth,
+        unroll=self.unroll,
+    )
+    x, outputs = scan(
+        block, x.astype(jnp.dtype(self.dtype)), jnp.arange(self.depth), rope, key_valid
+    )
+    return (x, outputs) if capture else x
+
+  def _check(self):
+    for what, got, known in (
+        ("remat", self.remat, REMAT),
+        ("initializer", self.initializer, tuple(INITIALIZERS)),
+    ):
+      if got not in known:
+        nearest = ", ".join(difflib.get_close_matches(str(got), known, 3, 0.0))
+        raise ValueError(f"{what}={got!r} is not known; the closest: {nearest}")
+    if not 0.0 <= self.drop_path < 1.0:
+      raise ValueError(f"drop_path={self.drop_path} must lie in [0, 1)")
+
+
+def _remat(step, kind):
+  if kind == "none":
+    return step
+  policy = None
+  if kind == "attention":
+    policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+  # Inside a scan the compiler cannot merge the two passes anyway.
+  return nn.remat(step, policy=policy, prevent_cse=False)

@@ -1,0 +1,330 @@
+"""Checkpoints: the whole run at a step, saved in the background, restored strictly."""
+
+from collections.abc import Callable, Mapping
+import json
+import os
+from typing import Any, Protocol
+
+from etils import epath
+from grain import checkpoint as grain_checkpoint
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from vjepa_jax.train.optim import named_leaves
+
+_policies = ocp.checkpoint_managers
+
+
+class CheckpointError(ValueError):
+  """A checkpoint that is missing, damaged or does not fit; says which and why."""
+
+
+class DataIterator(Protocol):
+  """What a checkpoint needs of the training data: a place that can be kept."""
+
+  def get_state(self) -> Any:
+    """Returns the place, as bytes or as something json can hold."""
+
+  def set_state(self, state: Any) -> None:
+    """Goes to a place of `get_state`."""
+
+
+class Checkpoints:
+  """The checkpoints of one folder, one sub-folder a step.
+
+  A save copies the state to the host and goes on in the background; it counts
+  only when complete, so that a process killed on the way leaves the earlier ones
+  as they were. Sub-folder contents: `state` (arrays), `config` and `extra` (JSON),
+  `data` (the data iterator's place, one file a process).
+  """
+
+  def __init__(
+      self,
+      directory: str | os.PathLike[str],
+      *,
+      keep: int | None = 3,
+      keep_every_steps: int | None = None,
+      best_mode: str | None = None,
+  ):
+    """Opens or creates a folder, local or gs://.
+
+    Args:
+      directory: where the steps are.
+      keep: how many to keep: the latest, or the best where best_mode is set;
+        None keeps all.
+      keep_every_steps: beside these, one every so many steps stays for good.
+      best_mode: "max" or "min" rank by the `metric` given to `save`; None by step.
+
+    Raises:
+      ValueError: best_mode is unknown.
+    """
+    if best_mode not in (None, "max", "min"):
+      raise ValueError(f"checkpoints: best_mode {best_mode!r} is none of 'max', 'min'")
+    self.directory = epath.Path(directory)
+    if "://" not in str(directory):
+      self.directory = self.directory.expanduser().resolve()
+    self._keep, self._mode = keep, best_mode
+    self._manager = ocp.CheckpointManager(
+        self.directory,
+        item_handlers={
+            "state": ocp.PyTreeCheckpointHandler(),
+            "config": ocp.JsonCheckpointHandler(),
+            "extra": ocp.JsonCheckpointHandler(),
+            "data": grain_checkpoint.CheckpointHandler(),
+        },
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=_retention(keep, keep_every_steps, best_mode),
+            best_fn=_metric if best_mode else None,
+            best_mode=best_mode or "max",
+            cleanup_tmp_directories=True,
+        ),
+    )
+
+  def latest_step(self) -> int | None:
+    """Returns the last complete step; None where there is none."""
+    return self._manager.latest_step()
+
+  def best_step(self) -> int | None:
+    """Returns the step with the best metric; None where there is none."""
+    self.wait()
+    return self._manager.best_step()
+
+  def all_steps(self) -> list[int]:
+    """Returns the complete steps, ascending."""
+    return sorted(self._manager.all_steps())
+
+  def save(
+      self,
+      step: int,
+      state: Any,
+      *,
+      config: Mapping[str, Any],
+      extra: Mapping[str, Any] | None = None,
+      iterator: DataIterator | None = None,
+      metric: float | None = None,
+  ) -> None:
+    """Starts saving; returns once the state is copied and may be donated.
+
+    Args:
+      step: names the checkpoint; one that exists under this name stays as it is.
+      state: tree of arrays; typed PRNG keys are kept as their words.
+      config: the experiment, as JSON.
+      extra: the loop's own numbers, as JSON.
+      iterator: the training data, whose place is kept.
+      metric: what "best" is ranked by.
+    """
+    if step in self._manager.all_steps():
+      return
+    items = {
+        "state": ocp.args.PyTreeSave(_to_nested(state)),
+        "config": ocp.args.JsonSave(dict(config)),
+        "extra": ocp.args.JsonSave(dict(extra or {})),
+    }
+    if iterator is not None:
+      items["data"] = grain_checkpoint.CheckpointSave(_Place(iterator))
+    self._manager.save(
+        step,
+        args=ocp.args.Composite(**items),
+        metrics=None if metric is None else {"metric": float(metric)},
+    )
+
+  def restore(
+      self,
+      step: int,
+      state: Any,
+      *,
+      partial: bool = False,
+  ) -> tuple[Any, dict[str, Any]]:
+    """Reads a checkpoint that must fit the wanted state exactly.
+
+    Args:
+      step: one of `all_steps`.
+      state: tree of arrays or ShapeDtypeStruct (with or without sharding), or,
+        with `partial`, a mapping of some of its fields, such as {"params": ...}.
+      partial: allows fields that the checkpoint has and `state` leaves out.
+
+    Returns:
+      (state, extra).
+
+    Raises:
+      CheckpointError: no such step; names missing, unexpected or misshapen, all of
+        them; a damaged file.
+    """
+    self._check_exists(step)
+    wanted = _to_nested(state)
+    self._check_fits(step, wanted, partial)
+    items = {
+        "state": ocp.args.PyTreeRestore(
+            wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=partial,
+        ),
+        "extra": ocp.args.JsonRestore(),
+    }
+    restored = self._read(
+        step, lambda: self._manager.restore(step, args=ocp.args.Composite(**items))
+    )
+    return _from_nested(restored["state"], state), restored["extra"]
+
+  def restore_place(self, step: int, iterator: DataIterator) -> None:
+    """Sends the training data to where it was when the step was saved.
+
+    Raises:
+      CheckpointError: no such step, or a damaged file.
+    """
+    self._check_exists(step)
+    args = ocp.args.Composite(data=grain_checkpoint.CheckpointRestore(_Place(iterator)))
+    self._read(step, lambda: self._manager.restore(step, args=args))
+
+  def config(self, step: int) -> dict[str, Any]:
+    """Returns the experiment's JSON that was saved with a step.
+
+    Raises:
+      CheckpointError: no such step, or a damaged file.
+    """
+    self._check_exists(step)
+    args = ocp.args.Composite(config=ocp.args.JsonRestore())
+    return self._read(step, lambda: self._manager.restore(step, args=args))["config"]
+
+  def would_keep(self, metric: float) -> bool:
+    """Says whether a checkpoint with this metric would be among the best."""
+    if not np.isfinite(metric):
+      return False
+    self.wait()
+    steps = self._manager.all_steps()
+    if self._keep is None or len(steps) < self._keep:
+      return True
+    known = [_metric(self._manager.metrics(step)) for step in steps]
+    return metric > min(known) if self._mode == "max" else metric < max(known)
+
+  def drop_after(self, step: int) -> None:
+    """Deletes checkpoints later than `step`: a resumed run makes them again."""
+    for later in self._manager.all_steps():
+      if later > step:
+        self._manager.delete(later)
+
+  def wait(self) -> None:
+    """Returns once nothing is being saved; raises what went wrong on the way."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits and releases threads."""
+    self._manager.close()
+
+  def _check_exists(self, step: int) -> None:
+    if step not in self._manager.all_steps():
+      raise CheckpointError(
+          f"checkpoint {step} is not in {self.directory}; complete steps there: "
+          f"{self.all_steps() or 'none'}"
+      )
+
+  def _check_fits(self, step: int, wanted: Any, partial: bool) -> None:
+    metadata = self._read(step, lambda: self._manager.item_metadata(step)["state"])
+    saved = {name: leaf.shape for name, leaf in named_leaves(metadata.tree).items()}
+    shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(wanted).items()}
+    fields = {name.split("/")[0] for name in shapes}
+    faults = [f"missing: {name} {list(shapes[name])}" for name in shapes.keys() - saved]
+    faults += [
+        f"misshapen: {name} is {list(saved[name])}, wanted {list(shapes[name])}"
+        for name in shapes.keys() & saved
+        if tuple(saved[name]) != shapes[name]
+    ]
+    faults += [
+        f"unexpected: {name} {list(saved[name])}"
+        for name in saved.keys() - shapes
+        if not partial or name.split("/")[0] in fields
+    ]
+    if faults:
+      listed = "\n  ".join(sorted(faults))
+      raise CheckpointError(
+          f"{self.directory / str(step)} does not fit this configuration "
+          f"({len(faults)} names):\n  {listed}\nuse the configuration that it was "
+          "saved with (see config in its folder), or another workdir"
+      )
+
+  def _read(self, step: int, read: Callable[[], Any]) -> Any:
+    """Names the step and a way out when a file of it cannot be read."""
+    path = self.directory / str(step)
+    try:
+      result = read()
+      if result is None:
+        raise FileNotFoundError("the metadata of its state")
+      return result
+    # Damage shows as anything from KeyError to an error of the storage layer.
+    except Exception as error:
+      reason = " ".join(str(error).split())[:500]
+      raise CheckpointError(
+          f"{path} is damaged: {type(error).__name__}: {reason}\nto go on from an "
+          f"earlier step ({[s for s in self.all_steps() if s < step]}), move this "
+          "folder away"
+      ) from error
+
+
+class _Place:
+  """An iterator's place as bytes, which is what grain's handler writes."""
+
+  def __init__(self, iterator: DataIterator):
+    self._iterator = iterator
+
+  def get_state(self) -> bytes:
+    state = self._iterator.get_state()
+    if isinstance(state, bytes):
+      return json.dumps({"bytes": state.decode()}).encode()
+    return json.dumps({"json": state}).encode()
+
+  def set_state(self, state: bytes) -> None:
+    kind, value = next(iter(json.loads(state).items()))
+    self._iterator.set_state(value.encode() if kind == "bytes" else value)
+
+  def start_prefetch(self) -> None:
+    """Called by grain's handler after set_state; the next read starts it anyway."""
+
+
+def _retention(keep, keep_every_steps, best_mode):
+  if best_mode:
+    policy = _policies.BestN(
+        get_metric_fn=_metric, reverse=best_mode == "min", n=keep
+    )
+  else:
+    policy = _policies.LatestN(n=keep)
+  if not keep_every_steps:
+    return policy
+  forever = _policies.EveryNSteps(interval_steps=keep_every_steps)
+  return _policies.AnyPreservationPolicy([policy, forever])
+
+
+def _metric(metrics: Mapping[str, float]) -> float:
+  return metrics["metric"]
+
+
+def _to_nested(tree: Any) -> dict[str, Any]:
+  """Turns any tree into nested dicts by name, PRNG keys into their words."""
+  nested: dict[str, Any] = {}
+  for name, leaf in named_leaves(tree).items():
+    *path, last = name.split("/")
+    node = nested
+    for part in path:
+      node = node.setdefault(part, {})
+    node[last] = _key_words(leaf) if _is_key(leaf) else leaf
+  return nested
+
+
+def _from_nested(nested: Mapping[str, Any], like: Any) -> Any:
+  found = named_leaves(nested)
+  leaves = [
+      jax.random.wrap_key_data(found[name]) if _is_key(leaf) else found[name]
+      for name, leaf in named_leaves(like).items()
+  ]
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _is_key(leaf: Any) -> bool:
+  return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_words(key: Any) -> Any:
+  if isinstance(key, jax.Array):
+    return jax.random.key_data(key)
+  words = jax.eval_shape(jax.random.key_data, key)
+  return jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=key.sharding)

@@ -1,0 +1,462 @@
+"""The only training loop: steps, logs, evaluates, saves, resumes."""
+
+from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import signal
+import time
+from typing import Any
+
+from clu import parameter_overview
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vjepa_jax.evaluators.base import Evaluator
+from vjepa_jax.objectives.base import Objective
+from vjepa_jax.train import checkpoint, evaluate, schedules, sharding, watch
+from vjepa_jax.train import metrics as metrics_lib
+from vjepa_jax.train.optim import Optimizer
+from vjepa_jax.train.state import Augment, TrainState, init_state
+from vjepa_jax.train.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+  """What the loop does when; every number of steps is a number of optimiser steps.
+
+  Attributes:
+    total_steps: length of the run.
+    batch_size: rows a step over all hosts and micro-batches.
+    accum: micro-batches a step.
+    log_every_steps: a line holds the means since the one before.
+    checkpoint_every_steps: None: only at the end.
+    checkpoint_every_minutes: beside that; on many hosts looked at when logging.
+    checkpoint_dir: None: workdir/checkpoints; may be gs://.
+    keep: how many of the latest checkpoints stay.
+    keep_every_steps: beside these, one every so many steps stays for good.
+    best_metric: name of an evaluator's number that ranks checkpoints/best; never
+      the self-supervised loss, which is lowest where features have collapsed.
+    best_mode: "max" or "min".
+    keep_best: how many of the best stay.
+    early_stop_metric: name of an evaluator's number; None never stops early.
+    early_stop_patience: evaluations without a better value before stopping.
+    early_stop_mode: "max" or "min".
+    validate_every_steps: validation loss; None: at the start and the end only.
+    validation_batches: at most so many; None: all.
+    max_skipped_in_row: non-finite steps in a row that end the run.
+    fsdp_min_size: arrays with fewer elements are never split.
+    fsdp_rules: (regex, axes) that decide how matching arrays are split.
+    tokens_per_volume: for tokens_per_s; None leaves it out.
+    tensorboard: writes TensorBoard events.
+    wandb: keywords of wandb.init; None: off.
+    profile_from_step: writes a trace into workdir/profile; None: off.
+    profile_steps: length of the trace.
+    compilation_cache: folder in which compiled programs outlive the run.
+  """
+
+  total_steps: int
+  batch_size: int
+  accum: int = 1
+  log_every_steps: int = 50
+  checkpoint_every_steps: int | None = None
+  checkpoint_every_minutes: float | None = None
+  checkpoint_dir: str | None = None
+  keep: int = 3
+  keep_every_steps: int | None = None
+  best_metric: str | None = None
+  best_mode: str = "max"
+  keep_best: int = 1
+  early_stop_metric: str | None = None
+  early_stop_patience: int = 10
+  early_stop_mode: str = "max"
+  validate_every_steps: int | None = None
+  validation_batches: int | None = None
+  max_skipped_in_row: int = 10
+  fsdp_min_size: int = 2**16
+  fsdp_rules: sharding.Rules = ()
+  tokens_per_volume: int | None = None
+  tensorboard: bool = True
+  wandb: Mapping[str, Any] | None = None
+  profile_from_step: int | None = None
+  profile_steps: int = 3
+  compilation_cache: str | None = None
+
+
+def run(
+    *,
+    objective: Objective,
+    optimizer: Optimizer,
+    augment: Augment,
+    train_iterator: checkpoint.DataIterator,
+    workdir: str | os.PathLike[str],
+    options: LoopOptions,
+    config: Mapping[str, Any],
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    eval_batches: Callable[[], Iterable[evaluate.HostBatch]] | None = None,
+    evaluators: Mapping[str, tuple[Evaluator, int | None]] | None = None,
+) -> TrainState:
+  """Trains to the end, or goes on from the last checkpoint of the workdir.
+
+  At each step the order is: log, evaluate, save; so that a checkpoint of a step
+  means that all its lines are written, and lines beyond it are dropped and made
+  again on resuming. A resumed run equals an unbroken one bit for bit, but for
+  metrics.TIMING_KEYS.
+
+  Args:
+    objective: owns loss, parameters, model state.
+    optimizer: of `optim.make_optimizer`.
+    augment: host batch -> device batch, on the device.
+    train_iterator: endless host batches of this process, with get_state, set_state.
+    workdir: local folder of the run.
+    options: what happens when.
+    config: the experiment as JSON, kept in every checkpoint.
+    seed: of parameters and of every draw on the device.
+    mesh: of `sharding.make_mesh`; None: all devices along data.
+    eval_batches: called for each validation; gives batches padded with `_mask` 0.
+    evaluators: name -> (evaluator, every how many steps). All run before the first
+      step and after the last; None for the number means only then.
+
+  Returns:
+    The state after the last step.
+
+  Raises:
+    NonFiniteError: options.max_skipped_in_row steps in a row were not finite.
+    CheckpointError: the last checkpoint is damaged or does not fit.
+    SystemExit: SIGTERM or SIGINT came; the run is saved and the same command goes
+      on. The code is 128 + the signal's number (143, 130), so that schedulers
+      tell it from a finished run. A second SIGINT interrupts at once.
+    ValueError: batch, mesh or schedules that do not fit.
+    KeyError: best_metric or early_stop_metric is no number of any evaluator.
+  """
+  mesh = mesh or sharding.make_mesh()
+  _check(options, optimizer, mesh, str(workdir))
+  if options.compilation_cache:
+    jax.config.update("jax_compilation_cache_dir", options.compilation_cache)
+  workdir, feed = pathlib.Path(workdir), watch.Feed(train_iterator)
+  with contextlib.ExitStack() as stack:
+    signals = stack.enter_context(watch.Signals())
+    saver = _Saver(workdir, feed, options, config)
+    stack.callback(saver.close)
+    init = functools.partial(init_state, objective, optimizer, augment)
+    state, extra = _begin(init, saver, feed, mesh, options, seed)
+    writer = metrics_lib.Writer(
+        workdir, restored_step=int(state.step) if saver.resumed else -1,
+        total_steps=options.total_steps, config=config,
+        tensorboard=options.tensorboard, wandb=options.wandb,
+    )
+    stack.callback(writer.close)
+    profile = watch.Profile(workdir, options.profile_from_step, options.profile_steps)
+    stack.callback(profile.close)
+    if eval_batches is not None:
+      evaluators = {
+          "validation": (
+              evaluate.Validation(
+                  objective, augment, mesh, eval_batches, options.validation_batches
+              ),
+              options.validate_every_steps,
+          ),
+          **(evaluators or {}),
+      }
+    session = _Session(
+        options=options, mesh=mesh, feed=feed, saver=saver, writer=writer,
+        profile=profile, clock=watch.Clock(feed),
+        train_step=_compiled_step(objective, optimizer, augment, options, state, mesh),
+        scalars=_scalars(objective, optimizer),
+        window=watch.Window(
+            int(state.step), extra.get("window", {}),
+            skipped_in_row=int(state.skipped[0]),
+            max_skipped_in_row=options.max_skipped_in_row,
+        ),
+        evaluations=evaluate.Evaluations(
+            evaluators or {}, writer, watched=options.early_stop_metric,
+            mode=options.early_stop_mode, patience=options.early_stop_patience,
+            history=extra.get("history", ()),
+        ),
+    )
+    _introduce(session, state)
+    try:
+      state = _train(session, state, signals)
+    except watch.NonFiniteError as error:
+      raise watch.NonFiniteError(
+          f"{error}; last checkpoint: step {saver.latest_step()} in {workdir}; look at "
+          "grad_norm and clipped before it, then lower the learning rate or clip_norm"
+      ) from error
+  if signals.received:
+    raise SystemExit(128 + signals.received)
+  return state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Session:
+  """What the steps of one run share."""
+
+  options: LoopOptions
+  mesh: Mesh
+  feed: watch.Feed
+  saver: "_Saver"
+  writer: metrics_lib.Writer
+  profile: watch.Profile
+  clock: watch.Clock
+  train_step: Callable[..., Any]
+  scalars: Callable[[int], dict[str, float]]
+  window: watch.Window
+  evaluations: evaluate.Evaluations
+
+
+def _train(s: _Session, state: TrainState, signals: watch.Signals) -> TrainState:
+  """Goes from the state's step to the end, an early stop or a signal."""
+  options, step, stop = s.options, int(state.step), False
+  if step == 0:
+    with s.clock.pause():
+      _evaluate_at_start(s, state)
+  while step < options.total_steps and not stop and not s.evaluations.stagnant():
+    s.profile.at(step)
+    batch = sharding.put_batch(s.feed.take(), s.mesh)
+    with s.clock.step():
+      state, metrics = s.train_step(state, batch)
+    s.window.add(metrics)
+    s.writer.advance()
+    step += 1
+    last = step == options.total_steps
+    logging = last or step % options.log_every_steps == 0
+    if logging:
+      _log(s, state, step)
+    with s.clock.pause():
+      _evaluate(s, state, step, last)
+      late = False
+      # Hosts that decide apart hang in the next collective: they agree when logging.
+      if logging or jax.process_count() == 1:
+        stop = watch.agree(bool(signals.received))
+        late = watch.agree(s.saver.late())
+      if stop or last or late or s.evaluations.stagnant() or s.saver.due(step):
+        s.saver.save(step, state, _extra(s))
+  if stop:
+    # Another host may have got the signal: all leave with its code.
+    signals.received = signals.received or signal.SIGTERM
+    s.writer.say(
+        f"step {step}: saved after signal {signals.received}; the same command goes on"
+    )
+  elif step < options.total_steps:
+    s.writer.say(
+        f"step {step}: stopped early, {options.early_stop_metric} has not improved in "
+        f"{options.early_stop_patience} evaluations"
+    )
+  s.saver.wait()
+  if not stop:
+    for name, folder in s.saver.folders().items():
+      s.writer.artifact(folder, name)
+  return state
+
+
+def _evaluate_at_start(s: _Session, state: TrainState) -> None:
+  s.evaluations.run(0, state.params, state.model_state, everything=True)
+  s.evaluations.require(s.options.best_metric, "best_metric")
+  s.evaluations.require(s.options.early_stop_metric, "early_stop_metric")
+
+
+def _evaluate(s: _Session, state: TrainState, step: int, last: bool) -> None:
+  """Runs what is due, everything where the run ends here, and keeps the best."""
+  run = functools.partial(s.evaluations.run, step, state.params, state.model_state)
+  found = run(everything=last)
+  if found and s.evaluations.stagnant():
+    found |= run(everything=True)
+  if s.options.best_metric in found:
+    s.saver.save_best(step, state, _extra(s), found[s.options.best_metric])
+
+
+def _log(s: _Session, state: TrainState, step: int) -> None:
+  """Writes one line: means since the last, schedules of the last step, rates."""
+  values = s.window.flush()
+  values.pop("nonfinite")
+  line = {"loss": values.pop("loss"), **s.scalars(step - 1), **values}
+  line["skipped"] = int(state.skipped[1])
+  if s.clock.recompiled:
+    s.writer.say(
+        f"step {step}: the train step was compiled again; the shapes of a batch have "
+        "changed, which costs a compilation each time"
+    )
+  line |= s.clock.rates(s.options.batch_size, s.options.tokens_per_volume)
+  s.writer.write(step, line)
+  s.writer.say(metrics_lib.format_line(step, s.options.total_steps, line))
+
+
+def _extra(s: _Session) -> dict[str, Any]:
+  return {"window": s.window.sums(), "history": s.evaluations.history}
+
+
+def _introduce(s: _Session, state: TrainState) -> None:
+  """Prints what will run, before the first step."""
+  options = s.options
+  if jax.process_index():
+    return
+  s.writer.say(parameter_overview.get_parameter_overview(
+      state.params, include_stats="sharding" if s.mesh.shape["fsdp"] > 1 else False
+  ))
+  device = jax.devices()[0]
+  s.writer.say(
+      f"{s.mesh.size} x {device.device_kind} ({device.platform}), mesh "
+      f"{dict(s.mesh.shape)}, {jax.process_count()} processes; batch "
+      f"{options.batch_size} = {options.accum} micro-batches of "
+      f"{options.batch_size // options.accum}; {options.total_steps} steps"
+  )
+  steps = {"first": 0, "middle": options.total_steps // 2}
+  steps["last"] = max(options.total_steps - 1, 0)
+  values = {place: s.scalars(step) for place, step in steps.items()}
+  for name in values["first"]:
+    s.writer.say(
+        f"{name}: " + ", ".join(f"{p} {values[p][name]:.6g}" for p in steps)
+    )
+  if s.saver.resumed:
+    s.writer.say(f"goes on from step {int(state.step)} of {s.saver.directory}")
+
+
+def _begin(init, saver, feed, mesh, options, seed) -> tuple[TrainState, dict[str, Any]]:
+  """Draws a state on the mesh, or restores the last one."""
+  step = saver.latest_step()
+  if step is not None:
+    saver.restore_place(step)
+  rows = options.batch_size
+  shapes = {
+      name: jax.ShapeDtypeStruct((rows, *value.shape[1:]), value.dtype)
+      for name, value in feed.peek().items()
+  }
+  # Zeros for data: parameters must not depend on which record comes first.
+  draw = lambda key: init(
+      {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()}, key
+  )
+  key = jax.random.key(seed)
+  wanted = jax.eval_shape(draw, key)
+  places = sharding.state_sharding(
+      wanted, mesh, rules=options.fsdp_rules, min_size=options.fsdp_min_size
+  )
+  if step is None:
+    return jax.jit(draw, out_shardings=places)(key), {}
+  wanted = jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      wanted, places,
+  )
+  return saver.restore(step, wanted)
+
+
+def _compiled_step(objective, optimizer, augment, options, state, mesh):
+  step = make_train_step(objective, optimizer, augment=augment, accum=options.accum)
+  places = jax.tree.map(lambda leaf: leaf.sharding, state)
+  return jax.jit(
+      step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh))
+  )
+
+
+def _scalars(
+    objective: Objective, optimizer: Optimizer
+) -> Callable[[int], dict[str, float]]:
+  """Joins the schedules of the optimiser and of the objective, as floats."""
+
+  def at(step: int) -> dict[str, float]:
+    values = {**optimizer.scalars(step), **objective.scalars(jnp.asarray(step))}
+    return {name: float(value) for name, value in values.items()}
+
+  return at
+
+
+def _check(
+    options: LoopOptions, optimizer: Optimizer, mesh: Mesh, workdir: str
+) -> None:
+  """Refuses what could only fail later."""
+  if "://" in workdir:
+    raise ValueError(
+        f"workdir {workdir!r}: metrics and figures need a local or mounted folder; "
+        "only checkpoints go to a bucket, by train.checkpoint_dir"
+    )
+  sharding.check_batch(options.batch_size, options.accum, mesh)
+  for name in ("learning_rate", "weight_decay"):
+    schedules.check_monotone(name, getattr(optimizer, name), options.total_steps)
+  for name in ("total_steps", "log_every_steps", "max_skipped_in_row", "keep"):
+    if getattr(options, name) < 1:
+      raise ValueError(f"train.{name} {getattr(options, name)} must be at least 1")
+  for name in ("best_mode", "early_stop_mode"):
+    if getattr(options, name) not in ("max", "min"):
+      raise ValueError(f"train.{name} {getattr(options, name)!r} is not max or min")
+
+
+class _Saver:
+  """Knows when to save, what belongs to a checkpoint, and which is the best."""
+
+  def __init__(
+      self,
+      workdir: pathlib.Path,
+      feed: watch.Feed,
+      options: LoopOptions,
+      config: Mapping[str, Any],
+  ):
+    self.directory = options.checkpoint_dir or str(workdir / "checkpoints")
+    self._feed, self._options, self._config = feed, options, config
+    self._latest = checkpoint.Checkpoints(
+        self.directory, keep=options.keep, keep_every_steps=options.keep_every_steps
+    )
+    self._best = None
+    if options.best_metric is not None:
+      self._best = checkpoint.Checkpoints(
+          f"{self.directory}/best", keep=options.keep_best, best_mode=options.best_mode
+      )
+    self.resumed = False
+    self._saved_at = time.monotonic()
+
+  def latest_step(self) -> int | None:
+    return self._latest.latest_step()
+
+  def folders(self) -> dict[str, str]:
+    """Returns the folders of the latest and of the best checkpoint."""
+    found = {"checkpoint": f"{self.directory}/{self._latest.latest_step()}"}
+    if self._best is not None and self._best.best_step() is not None:
+      found["best"] = f"{self.directory}/best/{self._best.best_step()}"
+    return found
+
+  def restore_place(self, step: int) -> None:
+    self._latest.restore_place(step, self._feed)
+
+  def restore(self, step: int, wanted: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    restored = self._latest.restore(step, wanted)
+    if self._best is not None:
+      self._best.drop_after(step)
+    self.resumed = True
+    return restored
+
+  def due(self, step: int) -> bool:
+    """Says whether a checkpoint is due by the number of steps."""
+    every = self._options.checkpoint_every_steps
+    return bool(every) and step % every == 0
+
+  def late(self) -> bool:
+    """Says whether a checkpoint is due by the clock of this process."""
+    minutes = self._options.checkpoint_every_minutes
+    return minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+
+  def save(self, step: int, state: TrainState, extra: Mapping[str, Any]) -> None:
+    self._latest.save(
+        step, state, config=self._config, extra=extra, iterator=self._feed
+    )
+    self._saved_at = time.monotonic()
+
+  def save_best(
+      self, step: int, state: TrainState, extra: Mapping[str, Any], metric: float
+  ) -> None:
+    if self._best.would_keep(metric):
+      self._best.save(
+          step, state, config=self._config, extra=extra, iterator=self._feed,
+          metric=metric,
+      )
+
+  def wait(self) -> None:
+    for checkpoints in (self._latest, self._best):
+      if checkpoints is not None:
+        checkpoints.wait()
+
+  def close(self) -> None:
+    for checkpoints in (self._latest, self._best):
+      if checkpoints is not None:
+        checkpoints.close()

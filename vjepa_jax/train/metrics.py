@@ -1,0 +1,258 @@
+"""Numbers and figures of a run, from (sum, weight) on the device to its workdir."""
+
+from collections.abc import Iterable, Mapping
+import json
+import math
+import os
+import pathlib
+import platform
+import sys
+from typing import Any
+import uuid
+
+from absl import logging
+import cv2
+import jax
+import numpy as np
+import tqdm
+
+# What differs between two equal runs: a resume is not compared by these.
+TIMING_KEYS = ("volumes_per_s", "tokens_per_s", "data_wait", "peak_bytes", "compiles")
+
+Sums = dict[str, tuple[float, float]]
+
+
+def merge(total: Sums, metrics: Mapping[str, tuple[Any, Any]]) -> Sums:
+  """Adds one step's (sum, weight) pairs to a running total, in float64."""
+  merged = dict(total)
+  for name, (value, weight) in metrics.items():
+    known, known_weight = merged.get(name, (0.0, 0.0))
+    merged[name] = (known + float(value), known_weight + float(weight))
+  return merged
+
+
+def means(total: Sums) -> dict[str, float]:
+  """Turns (sum, weight) into means; NaN where nothing weighed."""
+  return {
+      name: value / weight if weight else math.nan
+      for name, (value, weight) in total.items()
+  }
+
+
+def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """Returns the lines of a run's metrics.jsonl; a last line cut short is left out."""
+  path = pathlib.Path(workdir) / "metrics.jsonl"
+  if not path.exists():
+    return []
+  lines = []
+  for number, text in enumerate(path.read_text().splitlines(), start=1):
+    try:
+      lines.append(json.loads(text))
+    except json.JSONDecodeError:
+      logging.warning("%s: line %d is cut short; left out", path, number)
+  return lines
+
+
+def history(
+    lines: Iterable[Mapping[str, Any]], name: str
+) -> list[tuple[int, float]]:
+  """Returns the (step, value) pairs of one name; null reads as NaN."""
+  return [
+      (line["step"], math.nan if line[name] is None else line[name])
+      for line in lines
+      if name in line
+  ]
+
+
+class Writer:
+  """Writes a run's numbers and figures; on processes other than 0 it does nothing.
+
+  metrics.jsonl gets one JSON object a call, figures/ the PNGs; beside them
+  TensorBoard events and Weights & Biases where asked for, and on a terminal a bar.
+  """
+
+  def __init__(
+      self,
+      workdir: str | os.PathLike[str],
+      *,
+      restored_step: int = -1,
+      total_steps: int | None = None,
+      config: Mapping[str, Any] | None = None,
+      tensorboard: bool = True,
+      wandb: Mapping[str, Any] | None = None,
+  ):
+    """Opens the workdir and drops what lies beyond the restored step.
+
+    Args:
+      workdir: local folder, made where absent.
+      restored_step: step of the checkpoint that the run resumes from; -1: none.
+      total_steps: length of the progress bar on a terminal; None: no bar.
+      config: the experiment, for Weights & Biases.
+      tensorboard: writes events (extra `tensorboard`; one message without it).
+      wandb: keywords of wandb.init (project, entity, name, mode, ...); None: off.
+    """
+    self._active = jax.process_index() == 0
+    self._events = self._wandb = self._bar = None
+    if not self._active:
+      return
+    self.workdir = pathlib.Path(workdir)
+    self.workdir.mkdir(parents=True, exist_ok=True)
+    self._path = self.workdir / "metrics.jsonl"
+    _drop_after(self._path, restored_step)
+    if total_steps is not None and sys.stderr.isatty():
+      begin = max(restored_step, 0)
+      self._bar = tqdm.tqdm(total=total_steps, initial=begin, unit="step")
+    if tensorboard:
+      self._events = _open_events(self.workdir, restored_step)
+    if wandb is not None:
+      self._wandb = _open_wandb(self.workdir, config or {}, wandb)
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Appends one line; a value that is not finite is written as null."""
+    if not self._active or not scalars:
+      return
+    scalars = {name: float(value) for name, value in scalars.items()}
+    line = {
+        name: value if math.isfinite(value) else None
+        for name, value in scalars.items()
+    }
+    with self._path.open("a") as file:
+      file.write(json.dumps({"step": step, **line}) + "\n")
+      file.flush()
+    if self._events:
+      for name, value in scalars.items():
+        self._events.add_scalar(name.replace(".", "/"), value, step)
+      self._events.flush()
+    if self._wandb:
+      self._wandb.log({"global_step": step, **scalars})
+
+  def figure(self, step: int, name: str, image: np.ndarray) -> None:
+    """Writes figures/NAME_STEP.png.
+
+    Args:
+      step: global step.
+      name: of the figure; "." and "_" are kept.
+      image: uint8 [H, W, 3], RGB.
+
+    Raises:
+      ValueError: the image has another shape or dtype.
+    """
+    if not self._active:
+      return
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+      raise ValueError(
+          f"figure {name!r}: wanted uint8 [H, W, 3], got {image.dtype} "
+          f"{list(image.shape)}"
+      )
+    path = self.workdir / "figures" / f"{name}_{step:07d}.png"
+    path.parent.mkdir(exist_ok=True)
+    encoded = cv2.imencode(".png", image[..., ::-1])[1]
+    path.write_bytes(encoded.tobytes())
+    if self._events:
+      self._events.add_image(name.replace(".", "/"), image, step, dataformats="HWC")
+    if self._wandb:
+      import wandb  # pylint: disable=g-import-not-at-top
+
+      self._wandb.log({"global_step": step, name: wandb.Image(image)})
+
+  def artifact(self, path: str | os.PathLike[str], name: str) -> None:
+    """Hands a complete checkpoint folder to Weights & Biases, if it is on."""
+    if not self._active or not self._wandb:
+      return
+    import wandb  # pylint: disable=g-import-not-at-top
+
+    artifact = wandb.Artifact(f"{name}-{self._wandb.id}", type="model")
+    if "://" in str(path):
+      artifact.add_reference(str(path), checksum=False)
+    else:
+      artifact.add_dir(str(path))
+    self._wandb.log_artifact(artifact)
+
+  def advance(self) -> None:
+    """Counts one step on the bar."""
+    if self._bar is not None:
+      self._bar.update()
+
+  def say(self, text: str) -> None:
+    """Prints a line: above the bar on a terminal, plain elsewhere."""
+    if not self._active:
+      return
+    if self._bar is not None:
+      self._bar.write(text, file=sys.stderr)
+    else:
+      print(text, flush=True)
+
+  def close(self) -> None:
+    """Flushes everything."""
+    if self._bar is not None:
+      self._bar.close()
+    if self._events:
+      self._events.close()
+    if self._wandb:
+      self._wandb.finish()
+
+
+def format_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
+  """Writes a line for people: step 50/1000  loss 0.4312  lr 1e-04 ..."""
+  return f"step {step}/{total_steps}  {format_scalars(scalars)}"
+
+
+def format_scalars(scalars: Mapping[str, float]) -> str:
+  """Writes names and values with four digits."""
+  return "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+
+
+def system_info() -> dict[str, Any]:
+  """Returns what the run stands on: devices, processes, versions."""
+  device = jax.devices()[0]
+  return {
+      "device": device.device_kind, "platform": device.platform,
+      "devices": jax.device_count(), "processes": jax.process_count(),
+      "host": platform.node(), "python": platform.python_version(),
+      "jax": jax.__version__, "cpus": os.cpu_count(),
+  }
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+  """Rewrites the file without lines later than `step`, all or nothing."""
+  if not path.exists():
+    return
+  kept = [line for line in read(path.parent) if line["step"] <= step]
+  replacement = path.with_suffix(".jsonl.tmp")
+  replacement.write_text("".join(json.dumps(line) + "\n" for line in kept))
+  os.replace(replacement, path)
+
+
+def _open_events(workdir: pathlib.Path, restored_step: int):
+  try:
+    import tensorboardX  # pylint: disable=g-import-not-at-top
+  except ImportError:
+    print(
+        "no TensorBoard events: tensorboardX is not installed "
+        "(pip install 'vjepa_jax[tensorboard]'); metrics.jsonl has the same numbers"
+    )
+    return None
+  return tensorboardX.SummaryWriter(str(workdir), purge_step=restored_step + 1)
+
+
+def _open_wandb(
+    workdir: pathlib.Path, config: Mapping[str, Any], options: Mapping[str, Any]
+):
+  """Starts a run, or goes on with the one whose id the workdir holds."""
+  try:
+    import wandb  # pylint: disable=g-import-not-at-top
+  except ImportError as error:
+    raise ImportError(
+        "wandb was asked for and is not installed: pip install 'vjepa_jax[wandb]'"
+    ) from error
+  id_file = workdir / "wandb_id.txt"
+  if not id_file.exists():
+    id_file.write_text(uuid.uuid4().hex[:8])
+  run = wandb.init(
+      dir=str(workdir), id=id_file.read_text().strip(), resume="allow",
+      config={**config, "system": system_info()}, **options,
+  )
+  # Its own counter would refuse the steps that a resumed run repeats.
+  run.define_metric("global_step")
+  run.define_metric("*", step_metric="global_step")
+  return run

@@ -1,0 +1,73 @@
+"""What a training run carries from step to step."""
+
+from typing import Any, Protocol
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from vjepa_jax.objectives.base import Batch, Objective
+from vjepa_jax.train.optim import Optimizer
+
+
+class Augment(Protocol):
+  """Host batch -> device batch; draws keyed by each row's `_position`."""
+
+  def __call__(self, batch: Batch, key: jax.Array, *, train: bool) -> Batch:
+    ...
+
+
+@struct.dataclass
+class TrainState:
+  """Everything a step reads and writes.
+
+  Attributes:
+    step: int32 [], optimiser steps taken, skipped ones included.
+    params: what the optimiser moves.
+    model_state: what has no gradient (EMA target, statistics).
+    opt_state: moments.
+    key: typed PRNG key []; a step draws from fold_in(key, step).
+    skipped: int32 [2], non-finite steps (in a row, in total).
+  """
+
+  step: jax.Array
+  params: Any
+  model_state: Any
+  opt_state: Any
+  key: jax.Array
+  skipped: jax.Array
+
+
+def init_state(
+    objective: Objective,
+    optimizer: Optimizer,
+    augment: Augment,
+    batch: Batch,
+    key: jax.Array,
+) -> TrainState:
+  """Draws a fresh state; jittable.
+
+  Args:
+    objective: owns parameters and model state.
+    optimizer: owns moments.
+    augment: as in `make_train_step`.
+    batch: host batch [B, ...]; only its shapes should matter.
+    key: typed PRNG key [].
+  """
+  init_key, run_key = jax.random.split(key)
+  batch = augment(with_positions(batch), init_key, train=False)
+  params, model_state = objective.init(init_key, batch)
+  return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      model_state=model_state,
+      opt_state=optimizer.init(params),
+      key=run_key,
+      skipped=jnp.zeros((2,), jnp.int32),
+  )
+
+
+def with_positions(batch: Batch) -> Batch:
+  """Adds `_position` int32 [B], each row's place in the global batch."""
+  rows = jax.tree.leaves(batch)[0].shape[0]
+  return {**batch, "_position": jnp.arange(rows, dtype=jnp.int32)}
