@@ -12,6 +12,10 @@ REQUIRED = [
     "ml-collections>=1.1,<2",
     "tensorflow-datasets>=4.9.9,<5",
     "pydicom>=3.0,<4",
+    # Decoders of JPEG 2000 and JPEG-LS, common in DICOM; pydicom has none itself.
+    "pylibjpeg>=2.0",
+    "pylibjpeg-openjpeg>=2.3",
+    "pyjpegls>=1.4",
     "gcsfs>=2025.1",
     "einops>=0.8,<0.9",
     "clu>=0.0.12,<0.1",
@@ -23,13 +27,8 @@ REQUIRED = [
 
 FIGURES = ["matplotlib>=3.9"]
 TENSORBOARD = ["tensorboardX>=2.6"]
-# Decoders of compressed DICOM; libjpeg's is under the GPL, hence not required.
-CODECS = [
-    "pylibjpeg>=2.0",
-    "pylibjpeg-openjpeg>=2.3",
-    "pylibjpeg-libjpeg>=2.2",
-    "pyjpegls>=1.4",
-]
+# JPEG baseline and lossless; under the GPL, hence not required.
+CODECS = ["pylibjpeg-libjpeg>=2.2"]
 WANDB = ["wandb>=0.19"]
 TEST = [
     "pytest>=8",

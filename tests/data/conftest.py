@@ -16,7 +16,8 @@ def make_item(**tags) -> Dataset:
   """Returns a dataset of the given tags; dicts become one-item sequences."""
   item = Dataset()
   for name, value in tags.items():
-    setattr(item, name, Sequence([make_item(**value)]) if isinstance(value, dict) else value)
+    nested = isinstance(value, dict)
+    setattr(item, name, Sequence([make_item(**value)]) if nested else value)
   return item
 
 

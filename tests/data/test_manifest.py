@@ -52,7 +52,8 @@ def test_a_row_keeps_what_the_manifest_says(write, tmp_path, name):
 
 
 def test_all_missing_columns_are_listed_with_what_was_found(write):
-  path = write([{"participant": "1", "file_path": "a"}], head=["participant", "file_path"])
+  row = {"participant": "1", "file_path": "a"}
+  path = write([row], head=["participant", "file_path"])
   with pytest.raises(DataError) as caught:
     m.read_manifest(path)
   for word in ("participant_id (closest: participant)", "filepath (closest: file_path)",
@@ -62,7 +63,8 @@ def test_all_missing_columns_are_listed_with_what_was_found(write):
 
 def test_columns_of_other_names_can_be_mapped(write):
   path = write([{"who": "7", "where": "a.dcm"}], head=["who", "where"])
-  row, = m.read_manifest(path, columns={"participant_id": "who", "filepath": "where"}).rows
+  names = {"participant_id": "who", "filepath": "where"}
+  row, = m.read_manifest(path, columns=names).rows
   assert row.participant == "7"
 
 
@@ -94,8 +96,8 @@ def test_geometry_and_spacing_of_frames_that_vary_are_not_invented(write):
 
 def test_dropped_rows_are_counted_by_reason(write):
   table = m.read_manifest(write([
-      line(), line(), line(person=""), line(path=""), line(path="x", sop_instance_uid="1"),
-      line(path="y", sop_instance_uid="1"),
+      line(), line(), line(person=""), line(path=""),
+      line(path="x", sop_instance_uid="1"), line(path="y", sop_instance_uid="1"),
   ]))
   assert len(table.rows) == 2
   assert table.lost == {
@@ -114,7 +116,9 @@ def test_labels_splits_and_sites_come_from_participants(write):
        "clinical_site": "UW"},
       {"participant_id": "4001", "study_group": "", "recommended_split": "val",
        "clinical_site": "UCSD"},
-  ], "participants.tsv", ["participant_id", "study_group", "recommended_split", "clinical_site"])
+  ], "participants.tsv", [
+      "participant_id", "study_group", "recommended_split", "clinical_site"
+  ])
   table = m.read_manifest(
       write([line(), line("4001", "b"), line("9999", "c")]), participants=people,
       label="study_group", split="recommended_split",
@@ -169,7 +173,8 @@ def test_splits_part_the_participants_and_lose_no_file(n, seed, eyes, train):
     for row in part:
       homes[row.participant].add(name)
   assert all(len(h) == 1 for h in homes.values())
-  assert sorted(r.path for p in parts.values() for r in p) == sorted(r.path for r in rows)
+  dealt = [r.path for part in parts.values() for r in part]
+  assert sorted(dealt) == sorted(r.path for r in rows)
 
 
 def test_splits_are_stratified_and_repeat_by_seed():
@@ -192,8 +197,8 @@ def test_one_person_a_stratum_still_fills_every_split_in_proportion():
 
 
 @pytest.mark.parametrize("fractions, words", [
-    ({"train": 0.5, "test": 0.2}, "add to 1"), ({"train": 1.2, "test": -0.2}, "positive"),
-    ({}, "add to 1"),
+    ({"train": 0.5, "test": 0.2}, "add to 1"),
+    ({"train": 1.2, "test": -0.2}, "positive"), ({}, "add to 1"),
 ])
 def test_bad_shares_are_refused(fractions, words):
   with pytest.raises(DataError, match=words):

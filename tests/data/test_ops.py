@@ -107,10 +107,13 @@ def coordinates(size, spacing, axis):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    size=st.tuples(*[st.integers(6, 40)] * 3), canvas=st.tuples(*[st.integers(4, 32)] * 3),
+    size=st.tuples(*[st.integers(6, 40)] * 3),
+    canvas=st.tuples(*[st.integers(4, 32)] * 3),
     policy=st.sampled_from(["resize", "fov", "spacing"]), axis=st.integers(0, 2),
 )
-def test_the_reported_spacing_is_the_step_between_voxels_in_mm(size, canvas, policy, axis):
+def test_the_reported_spacing_is_the_step_between_voxels_in_mm(
+    size, canvas, policy, axis
+):
   spacing = (0.1, 0.05, 0.08)
   extent = {"fov": (1.5, 0.9, 1.2), "spacing": np.multiply(canvas, (0.12, 0.04, 0.1))}
   if policy in extent:  # On one voxel a ramp is its mean, and refused as constant.
@@ -148,7 +151,8 @@ def test_a_fixed_field_of_view_pads_what_is_missing_and_cuts_what_is_more():
   np.testing.assert_allclose(found.spacing[1:], (0.1, 0.1, 0.2), rtol=1e-6)
   want = volume[:, 5:15, 10:30].reshape(10, 10, 10, 2).mean(axis=-1)
   assert np.abs(inside - want).max() <= 1
-  assert found.mean == pytest.approx(inside.mean()) and found.std == pytest.approx(inside.std())
+  assert found.mean == pytest.approx(inside.mean())
+  assert found.std == pytest.approx(inside.std())
 
 
 def test_a_fixed_spacing_crops_the_centre():
@@ -171,7 +175,8 @@ def test_missing_spacing_stays_missing_and_stops_what_needs_it():
 
 def test_a_resample_to_terabytes_is_refused_naming_the_source_of_the_spacing():
   volume = np.random.default_rng(0).integers(0, 255, (60, 100, 100), dtype=np.uint8)
-  with pytest.raises(ReadError, match="spacing_source assumed.*30,000,000,000") as caught:
+  words = "spacing_source assumed.*30,000,000,000"
+  with pytest.raises(ReadError, match=words) as caught:
     ops.resample(
         record(volume, (1, 1, 1), "assumed"), canvas=(64, 96, 96), policy="spacing",
         spacing_mm=(0.05, 0.02, 0.02),
@@ -223,8 +228,8 @@ def test_time_and_channels_pass_through_alike():
   assert found.shape == (3, 4, 5, 6, 2)
   for t in range(3):
     for c in range(2):
-      alone = ops.resample(record(volume[t, ..., c]), canvas=(4, 5, 6)).volume[0, ..., 0]
-      np.testing.assert_allclose(found[t, ..., c], alone, atol=1e-6)
+      alone = ops.resample(record(volume[t, ..., c]), canvas=(4, 5, 6)).volume
+      np.testing.assert_allclose(found[t, ..., c], alone[0, ..., 0], atol=1e-6)
 
 
 def test_an_unknown_policy_is_named():

@@ -28,7 +28,8 @@ def reason(function, *args, **options) -> str:
 
 
 def groups(dicom, frames: list[dict], shared: dict | None = None) -> dict:
-  tags = {"PerFrameFunctionalGroupsSequence": Sequence([dicom.item(**f) for f in frames])}
+  items = Sequence([dicom.item(**frame) for frame in frames])
+  tags = {"PerFrameFunctionalGroupsSequence": items}
   if shared is not None:
     tags["SharedFunctionalGroupsSequence"] = Sequence([dicom.item(**shared)])
   return tags
@@ -133,7 +134,9 @@ def test_the_sign_of_twelve_stored_bits_is_kept(dicom):
     ([0, 10, 4095], np.uint16, {"BitsStored": 12, "HighBit": 11}, [4095, 4085, 0]),
     ([-32768, 0, 32767], np.int16, {}, [32767, -1, -32768]),
 ])
-def test_monochrome1_is_inverted_within_its_stored_bits(dicom, stored, dtype, tags, want):
+def test_monochrome1_is_inverted_within_its_stored_bits(
+    dicom, stored, dtype, tags, want
+):
   dataset = dicom.dataset(
       np.array([[stored]], dtype), PhotometricInterpretation="MONOCHROME1", **tags
   )
@@ -158,7 +161,9 @@ def test_the_shared_rescale_wins_over_the_frames_and_the_top_level(dicom):
       "PixelValueTransformationSequence": {"RescaleSlope": slope, "RescaleIntercept": 0}
   }
   frames = [item(2), item(3)]
-  own = dicom.dataset(volume, RescaleSlope=7, RescaleIntercept=0, **groups(dicom, frames))
+  own = dicom.dataset(
+      volume, RescaleSlope=7, RescaleIntercept=0, **groups(dicom, frames)
+  )
   assert read(dicom, own).volume[0, :, 0, 0, 0].tolist() == [20, 30]
   both = dicom.dataset(volume, **groups(dicom, frames, item(5)))
   assert read(dicom, both).volume[0, :, 0, 0, 0].tolist() == [50, 50]
@@ -188,8 +193,8 @@ def line(y):
     ("per-frame before top", [measures(0.005, 0.01)] * 3, {},
      {"PixelSpacing": [9, 9], "SpacingBetweenSlices": 0.25}, None,
      (0.25, 0.005, 0.01), "per_frame+between_slices"),
-    ("fundus lines scaled by a frame's own width", [line(10.0 + 5 * i) for i in range(3)],
-     measures(0.004, 0.011), {}, None,
+    ("fundus lines scaled by a frame's own width",
+     [line(10.0 + 5 * i) for i in range(3)], measures(0.004, 0.011), {}, None,
      (5 * 0.011 * 9 / 99, 0.004, 0.011), "shared+frame_location"),
     ("between slices before thickness", [{}] * 3,
      measures(0.004, 0.012, SliceThickness=7, SpacingBetweenSlices=0.2), {}, None,
@@ -249,8 +254,8 @@ def test_anatomy_is_kept_and_the_name_is_not(dicom):
       "FrameLaterality": "L", "AnatomicRegionSequence": {"CodeMeaning": "Macula"},
   }}
   dataset = dicom.dataset(
-      dicom.volume((2, 8, 10)), PatientName="Secret^Person", PatientBirthDate="19700101",
-      **groups(dicom, [{}, {}], shared),
+      dicom.volume((2, 8, 10)), PatientName="Secret^Person",
+      PatientBirthDate="19700101", **groups(dicom, [{}, {}], shared),
   )
   record = read(dicom, dataset)
   assert record.meta["laterality"] == "L" and record.meta["region"] == "Macula"

@@ -48,7 +48,8 @@ def test_canvases_come_back_in_order_and_exactly(tmp_path, dtype):
       a, b = want[index], found[index]
       np.testing.assert_array_equal(a.volume, b.volume)
       np.testing.assert_array_equal(a.spacing, b.spacing)
-      assert (a.mean, a.std, a.source, a.subject) == (b.mean, b.std, b.source, b.subject)
+      for field in ("mean", "std", "source", "subject"):
+        assert getattr(a, field) == getattr(b, field)
       assert b.volume.dtype == dtype and b.meta == dict(a.meta)
 
 

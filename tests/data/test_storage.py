@@ -92,10 +92,8 @@ def test_objects_of_a_bucket_are_read_written_listed_and_missed(bucket):
 def test_an_object_read_by_several_threads_is_whole_in_each(bucket):
   storage.write_bytes(f"{bucket}/a.bin", b"0123456789" * 5000)
   found = []
-  threads = [
-      threading.Thread(target=lambda: found.append(storage.read_bytes(f"{bucket}/a.bin")))
-      for _ in range(4)
-  ]
+  read = lambda: found.append(storage.read_bytes(f"{bucket}/a.bin"))  # noqa: E731
+  threads = [threading.Thread(target=read) for _ in range(4)]
   for thread in threads:
     thread.start()
   for thread in threads:

@@ -211,6 +211,19 @@ def test_the_best_checkpoints_follow_the_named_metric(tmp_path):
   assert Checkpoints(tmp_path / "checkpoints").all_steps() == [12]
 
 
+def test_a_best_checkpoint_beyond_the_restored_step_is_made_again(tmp_path):
+  options = dict(best_metric="probe.trained", validate=False, total_steps=9)
+  high, low = Constant("probe.trained", [0.9]), Constant("probe.trained", [0.2, 0.4])
+  with pytest.raises(RuntimeError, match="unplugged"):
+    toy.run(
+        tmp_path, data=Unplugged(after=7), checkpoint_every_steps=4,
+        evaluators={"probe": (high, 6)}, **options,
+    )
+  toy.run(tmp_path, evaluators={"probe": (low, 6)}, **options)
+  best = Checkpoints(tmp_path / "checkpoints" / "best", best_mode="max")
+  assert best.all_steps() == [9]
+
+
 def test_a_best_metric_that_nothing_gives_fails_before_training(tmp_path):
   probe = Constant("probe.trained", [0.9])
   with pytest.raises(KeyError, match="probe.train'.*'probe.trained'"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy
 
-from vjepa_jax.train.state import init_state
+from vjepa_jax.train.state import init_state, with_positions
 from vjepa_jax.train.step import make_eval_step, make_train_step
 
 
@@ -131,6 +131,16 @@ def test_validation_repeats_and_leaves_padding_out():
   assert run(padded)[1] == 10
   assert run(padded) == run(other)
   assert run(padded)[0] != run(whole)[0]
+
+
+def test_validation_sees_the_batch_as_it_is():
+  state, key = fresh(), jax.random.key(0)
+  metrics = make_eval_step(toy.Toy(), toy.augment)(
+      state.params, state.model_state, toy.batch()
+  )
+  plain = toy.augment(with_positions(toy.batch()), key, train=False)
+  loss, _ = toy.Toy().loss(state.params, state.model_state, plain, key, train=False)
+  np.testing.assert_allclose(metrics["loss"][0] / metrics["loss"][1], loss, rtol=1e-6)
 
 
 def test_initial_parameters_do_not_depend_on_the_data():

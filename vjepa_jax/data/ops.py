@@ -79,8 +79,8 @@ def resample(
   _check_size(record, [a.length for a in axes], min_size, f"{policy} crop")
   if record.volume.dtype == np.float32 and not np.isfinite(record.volume).all():
     raise ReadError(record.source, "nan_voxels", "NaN or infinite voxels")
-  cut = record.volume[(slice(None), *(slice(a.start, a.start + a.length) for a in axes))]
-  inner = _resize(cut, tuple(a.size for a in axes))
+  part = (slice(None), *(slice(a.start, a.start + a.length) for a in axes))
+  inner = _resize(record.volume[part], tuple(a.size for a in axes))
   low, high = inner.min(), inner.max()
   if low == high:
     raise ReadError(record.source, "constant", f"every voxel is {low}")

@@ -520,7 +520,7 @@ class _Ledger:
     base = tried if self._lazy else self._total
     soon = self._lazy and tried < min(_MIN_ATTEMPTS, self._total)
     too_many = len(self._bad) > self._max * base and not soon
-    if not too_many and len(self._bad) < self._total:
+    if not too_many:
       return
     if self._path:
       self._write()

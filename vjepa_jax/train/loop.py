@@ -119,7 +119,8 @@ def run(
     mesh: of `sharding.make_mesh`; None: all devices along data.
     eval_batches: called for each validation; gives batches padded with `_mask` 0.
     evaluators: name -> (evaluator, every how many steps). All run before the first
-      step and after the last; None for the number means only then.
+      step and after the last; None for the number means only then. One that has
+      `restore(lines)` gets the lines of metrics.jsonl when a run goes on.
 
   Returns:
     The state after the last step.
@@ -150,6 +151,8 @@ def run(
         tensorboard=options.tensorboard, wandb=options.wandb,
     )
     stack.callback(writer.close)
+    if saver.resumed:
+      _restore_evaluators(evaluators or {}, workdir)
     profile = watch.Profile(workdir, options.profile_from_step, options.profile_steps)
     stack.callback(profile.close)
     if eval_batches is not None:
@@ -341,6 +344,13 @@ def _begin(init, saver, feed, mesh, options, seed) -> tuple[TrainState, dict[str
       wanted, places,
   )
   return saver.restore(step, wanted)
+
+
+def _restore_evaluators(evaluators, workdir: pathlib.Path) -> None:
+  lines = metrics_lib.read(workdir)
+  for evaluator, _ in evaluators.values():
+    if hasattr(evaluator, "restore"):
+      evaluator.restore(lines)
 
 
 def _compiled_step(objective, optimizer, augment, options, state, mesh):

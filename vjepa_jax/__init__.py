@@ -1,0 +1,125 @@
+"""Pre-training of transformers on 3-D and 4-D biomedical recordings, in JAX.
+
+  build(preset)  a backbone to use in Python
+  load(workdir)  the encoders of a run
+  data.read(path)  one recording
+
+Each imports what it needs when it is called, so that data workers start without
+touching a device.
+"""
+
+import dataclasses
+from typing import Any
+
+__all__ = ["Encoders", "build", "load"]
+
+
+def build(preset: str, **overrides: Any) -> Any:
+  """Builds a backbone of a published size.
+
+    model = vjepa_jax.build("base", patch=(1, 4, 16, 16), class_token=True)
+    variables = model.init(jax.random.key(0), volume)  # [B, T, Z, Y, X, C]
+    features = model.apply(variables, volume)  # .tokens [B, N, D], .cls, .pooled
+
+  Args:
+    preset: "tiny", "small", "base", "large", "huge" or "giant".
+    **overrides: attributes of `backbones.vit.ViT`.
+
+  Returns:
+    A linen module; see `backbones.base.Backbone`.
+
+  Raises:
+    ValueError: for an unknown preset or attribute; names the closest.
+  """
+  from vjepa_jax.backbones import vit
+
+  return vit.build(preset, **overrides)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+  """The two encoders of a run.
+
+  Attributes:
+    backbone: their common architecture.
+    params: {"context": the one that was trained, "target": its moving average}.
+    config: of the run.
+    step: of the checkpoint.
+  """
+
+  backbone: Any
+  params: dict[str, Any]
+  config: dict[str, Any]
+  step: int
+
+  def features(self, volume: Any, *, encoder: str = "target", spacing: Any = None) -> Any:
+    """Encodes volumes.
+
+    Args:
+      volume: float [B, T, Z, Y, X, C], normalised as in the run (z-score).
+      encoder: "target" or "context".
+      spacing: float [B, 4], only for positions in mm.
+
+    Returns:
+      `backbones.base.Features`: tokens [B, N, D], cls [B, D] or None, pooled [B, D].
+
+    Raises:
+      KeyError: for an unknown encoder.
+    """
+    import jax
+
+    if encoder not in self.params:
+      raise KeyError(f"encoder {encoder!r} is none of {', '.join(self.params)}")
+    apply = jax.jit(self.backbone.apply)
+    return apply({"params": self.params[encoder]}, volume, spacing=spacing)
+
+
+def load(workdir: str, *, step: int | None = None, best: bool = False) -> Encoders:
+  """Loads the encoders of a V-JEPA run.
+
+  Args:
+    workdir: of `python -m vjepa_jax.main`.
+    step: of a checkpoint; None: the last.
+    best: take the checkpoint that the probe chose, not the last.
+
+  Raises:
+    FileNotFoundError: if the folder is no run.
+    CheckpointError: if there is no such checkpoint, or it does not fit.
+  """
+  import json
+  import pathlib
+
+  import jax
+  import jax.numpy as jnp
+
+  from vjepa_jax import config as config_lib
+  from vjepa_jax.train import checkpoint
+
+  folder = pathlib.Path(workdir)
+  plain = json.loads((folder / "config.json").read_text())
+  objective = config_lib.build_objective(plain, total_steps=1, steps_per_epoch=1)
+  grid = config_lib.model_grid(plain)
+  checkpoints = checkpoint.Checkpoints(
+      folder / "checkpoints" / "best" if best else folder / "checkpoints",
+      keep=None, best_mode="max" if best else None,
+  )
+  found = checkpoints.latest_step() if step is None else step
+  if found is None:
+    raise checkpoint.CheckpointError(f"{checkpoints.directory} holds no checkpoint")
+  batch = {
+      "volume": jnp.zeros((1, *grid.voxels, 1)), "spacing": jnp.ones((1, 4)),
+      "_mask": jnp.ones(1), "_position": jnp.zeros(1, jnp.int32),
+  }
+  params, model_state = jax.eval_shape(objective.init, jax.random.key(0), batch)
+  restored, _ = checkpoints.restore(
+      found, {"params": params, "model_state": model_state}, partial=True
+  )
+  checkpoints.close()
+  return Encoders(
+      objective.backbone,
+      {
+          "context": restored["params"]["encoder"],
+          "target": restored["model_state"]["target"],
+      },
+      plain, found,
+  )
