@@ -7,6 +7,7 @@ import pathlib
 import pickle
 
 import numpy as np
+from pydicom.sequence import Sequence
 import pytest
 
 from vjepa_jax.data import pipeline
@@ -58,6 +59,23 @@ def test_a_record_says_whose_and_what_it_is(write_corpus):
   assert record.subject == "1000" and record.label == 1
   assert record.meta["device"] == "topcon_triton" and record.meta["laterality"] == "R"
   assert record.meta["site"] == "UW"
+
+
+def test_the_geometry_seen_in_a_file_wins_over_the_manifest_s(
+    write_corpus, dicom, tmp_path
+):
+  manifest = write_corpus()
+  turned = [
+      dicom.item(OphthalmicFrameLocationSequence={"ReferenceCoordinates": c})
+      for c in ([50, 10, 50, 90], [10, 50, 90, 50], [20, 20, 80, 80], [80, 20, 20, 80])
+  ]
+  dataset = dicom.dataset(
+      dicom.volume((4, 32, 40)), PerFrameFunctionalGroupsSequence=Sequence(turned)
+  )
+  path = tmp_path / "oct/heidelberg_spectralis/1000/L.dcm"
+  path.write_bytes(dicom.to_bytes(dataset))
+  train = opened(manifest).splits["train"]
+  assert [train[n].meta["geometry"] for n in range(2)] == ["radial", "raster"]
 
 
 def test_the_report_counts_what_is_there_and_what_was_lost(write_corpus):
@@ -126,6 +144,22 @@ def test_above_max_bad_fraction_the_run_stops_with_reasons_and_first_paths(
   assert "2 truncated (first: " in message and "1000/R.dcm" in message
   assert "1 no_pixel_data" in message and "max_bad_fraction 0.24" in message
   assert len(log.read_text().splitlines()) == 4
+
+
+def test_bad_files_are_found_in_the_order_of_the_manifest_whatever_the_threads(
+    write_corpus, tmp_path
+):
+  # The first bad file takes longest to tell: it is large, the others are empty.
+  manifest = write_corpus(people=10, broken=dict.fromkeys((0, 1, 3, 8), "truncated"))
+  first = tmp_path / "oct/heidelberg_spectralis/1000/L.dcm"
+  first.write_bytes(b"\x93NUMPY" + bytes(30_000_000))
+  for name in ("topcon_triton/1000/R.dcm", "topcon_triton/1001/R.dcm"):
+    (tmp_path / "oct" / name).write_bytes(b"")
+  for _ in range(5):
+    data = opened(manifest, threads=4, max_bad_fraction=0.2)
+    assert [bad.path[-10:] for bad in data.quarantine] == [
+        "1000/L.dcm", "1000/R.dcm", "1001/R.dcm", "1004/L.dcm"
+    ]
 
 
 def test_bad_files_met_while_training_stop_it_above_the_fraction(write_corpus):

@@ -121,6 +121,8 @@ class Volumes:
         for field in ("device", "region", "imaging", "laterality", "geometry", "site")
     }
     known = {k: v for k, v in facts.items() if v != "unknown"}
+    if "geometry" in record.meta:  # Seen in the frames' own coordinates.
+      del known["geometry"]
     return dataclasses.replace(
         record, subject=row.participant, label=None if label < 0 else label,
         meta={**record.meta, **known},
@@ -293,7 +295,7 @@ def open_data(
   else:
     if validate == "read":
       everything = [row for rows in parts.values() for row in rows]
-      for _ in _read_all(files, everything, threads, progress, keep=False):
+      for _ in _read_all(files, everything, threads, progress):
         pass
       ledger.finish()
     sources = dict.fromkeys(parts, files)
@@ -510,7 +512,7 @@ class _Ledger:
           "padding": float(np.mean([f["padding"] for f in facts])) if facts else 0.0,
           "read": tried,
           "quarantine": _tally(b.reason for b in self._bad.values()),
-          "quarantine_device": dict(self._devices),
+          "quarantine_device": _tally(self._devices.elements()),
           "bad_fraction": len(self._bad) / tried if tried else 0.0,
       }
 
@@ -573,12 +575,16 @@ class _Files:
     except ReadError as error:
       self.ledger.failed(row, error)
       raise
+    self.accept(row, record)
+    return record
+
+  def accept(self, row: Row, record: Record) -> None:
+    """Notes a canvas that was read, and keeps it while there is room."""
     self.ledger.good(row, record)
     with self._lock:
       if record.volume.nbytes <= self._budget and row.path not in self._kept:
         self._budget -= record.volume.nbytes
         self._kept[row.path] = record
-    return record
 
   def _whole_budget(self) -> int:
     with self._lock:
@@ -637,27 +643,32 @@ def _read_all(
     rows: Sequence[Row],
     threads: int,
     progress: Callable[[int, int], None] | None,
-    *,
-    keep: bool,
 ) -> Iterator[Record | None]:
   """Reads the rows side by side and yields in order; None for a bad file."""
 
-  def read(row: Row) -> Record | None:
+  def read(row: Row) -> Record | ReadError:
     try:
-      record = files.read(row)
-    except ReadError:  # Counted and logged by the ledger.
-      return None
-    return record if keep else None
+      return files.transform(row)
+    except ReadError as error:
+      return error
 
   pool = concurrent.futures.ThreadPoolExecutor(threads)
   ahead: collections.deque[concurrent.futures.Future] = collections.deque()
   try:
     waiting = iter(rows)
-    for done in range(1, len(rows) + 1):
+    for done, row in enumerate(rows, 1):
       # A bounded look-ahead: finished canvases wait in memory to be taken.
-      while len(ahead) < 2 * threads and (row := next(waiting, None)) is not None:
-        ahead.append(pool.submit(read, row))
-      yield ahead.popleft().result()
+      while len(ahead) < 2 * threads and (later := next(waiting, None)) is not None:
+        ahead.append(pool.submit(read, later))
+      found = ahead.popleft().result()
+      # Noted here and not by the threads: what is first, what is kept and where
+      # reading stops then follow the manifest.
+      if isinstance(found, ReadError):
+        files.ledger.failed(row, found)
+        yield None
+      else:
+        files.accept(row, found)
+        yield found
       if progress:
         progress(done, len(rows))
   finally:
@@ -686,7 +697,7 @@ def _open_shards(
           progress(before + done, total)
 
       streams[name] = (
-          record for record in _read_all(files, rows, threads, report, keep=True)
+          record for record in _read_all(files, rows, threads, report)
           if record is not None
       )
       before += len(rows)
@@ -739,7 +750,8 @@ def _counts(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
 
 
 def _tally(values: Iterable[str]) -> dict[str, int]:
-  return dict(collections.Counter(values).most_common())
+  found = collections.Counter(values)
+  return dict(sorted(found.items(), key=lambda kv: (-kv[1], kv[0])))
 
 
 def _reasons(bad: Iterable[Bad]) -> str:
