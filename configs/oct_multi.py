@@ -27,11 +27,13 @@ from configs import common
 import ml_collections
 
 ARMS = ("sample", "smoke", "L", "H", "literal", "tiny")
+# The sample and its shrunk form are recipes of their own, at one size.
+APART = (("L", "H", "sample", "tiny"), ("smoke", "sample", "tiny"), ("literal", "sample", "tiny"))
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
   """Returns the config of the given arms."""
-  arms, options = common.parse_arm(arg, ARMS, heads=int)
+  arms, options = common.parse_arm(arg, ARMS, apart=APART, heads=int)
   config = full()
   if "L" in arms:
     config.model.preset = "large"
@@ -163,7 +165,7 @@ def literal(c: ml_collections.ConfigDict) -> None:
   c.augment.rotate_axes = ("Z", "X")  # about the optical axis
   c.augment.noise_probability = 0.3
   c.model.positions = "learned"
-  c.model.heads = 12
+  c.model.heads = dict(base=12, large=16, huge=16)[c.model.preset]
   c.objective.masks = dict(random=dict(kind="random", context=0.4, target=0.6))
   c.objective.predictor = dict(kind="mlp", width=768, norm="batch")
   c.objective.target_norm = "l2"

@@ -4,14 +4,16 @@
   load(workdir)  the encoders of a run
   data.read(path)  one recording
 
-Each imports what it needs when it is called, so that data workers start without
-touching a device.
+`build` and `load` import jax when they are called, so that data workers start
+without it.
 """
 
 import dataclasses
 from typing import Any
 
-__all__ = ["Encoders", "build", "load"]
+from vjepa_jax import data
+
+__all__ = ["Encoders", "build", "data", "load"]
 
 
 def build(preset: str, **overrides: Any) -> Any:
@@ -97,13 +99,18 @@ def load(workdir: str, *, step: int | None = None, best: bool = False) -> Encode
 
   folder = pathlib.Path(workdir)
   plain = json.loads((folder / "config.json").read_text())
-  objective = config_lib.build_objective(plain, total_steps=1, steps_per_epoch=1)
+  # Lengths move no parameter; a share of a long run is no 0.
+  objective = config_lib.build_objective(plain, total_steps=10**6, steps_per_epoch=10**3)
   grid = config_lib.model_grid(plain)
+  train = plain["train"]
+  directory = train.get("checkpoint_dir") or str(folder / "checkpoints")
   checkpoints = checkpoint.Checkpoints(
-      folder / "checkpoints" / "best" if best else folder / "checkpoints",
-      keep=None, best_mode="max" if best else None,
+      f"{directory}/best" if best else directory, keep=None, read_only=True,
+      best_mode=train.get("best_mode", "max") if best else None,
   )
-  found = checkpoints.latest_step() if step is None else step
+  found = step
+  if step is None:
+    found = checkpoints.best_step() if best else checkpoints.latest_step()
   if found is None:
     raise checkpoint.CheckpointError(f"{checkpoints.directory} holds no checkpoint")
   batch = {

@@ -8,6 +8,7 @@ and nothing else.
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from vjepa_jax.data import phantoms, pipeline
+from vjepa_jax.data import ops, phantoms, pipeline
 from vjepa_jax.train import evaluate, loop, optim, schedules, sharding
 from vjepa_jax.volumes import augment, masks
 from vjepa_jax.volumes.grid import Grid, grid_faults
@@ -30,6 +31,9 @@ PHANTOMS = {
     "oct_tiny": dict(patients=dict(train=8, probe=12, validation=4), broken=3),
 }
 WANDB = ("project", "entity", "name", "mode", "tags", "group", "notes")
+WANDB_MODES = ("online", "offline", "disabled", "shared")
+SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
+SCHEDULES = ("cosine", "constant", "linear", "wsd")
 # section -> (package, what a module of it offers)
 _PLACES = {
     "model": ("vjepa_jax.backbones", "Model"),
@@ -131,9 +135,23 @@ def check_config(
     ConfigError: lists every fault.
   """
   plain = as_plain(config)
-  faults = _section_faults(plain)
-  if not faults:  # the rules below read keys that must exist
-    faults = _geometry_faults(plain) + _training_faults(plain, device_count)
+  by_section = _section_faults(plain)
+  faults = [fault for found in by_section.values() for fault in found]
+  rules = (
+      (("data",), _data_faults),
+      (("data", "augment", "model", "objective"), _geometry_faults),
+      (("model",), _model_faults),
+      (("train", "optimizer"), _optimizer_faults),
+      (("train",), functools.partial(_training_faults, device_count=device_count)),
+      (
+          ("data", "train", "evals"),
+          functools.partial(_evaluation_faults, device_count=device_count),
+      ),
+  )
+  for sections, rule in rules:
+    # A rule reads keys that must exist.
+    if not any(by_section[section] for section in sections):
+      faults += rule(plain)
   if faults:
     raise ConfigError(plain.get("name", "config"), faults)
 
@@ -199,7 +217,15 @@ def build(
   grid = model_grid(plain)
   data = open_data(plain, quarantine=quarantine, say=say)
   train, steps = plain["train"], _lengths(plain["train"], data)
-  objective = build_objective(plain, **steps)
+  try:
+    objective = build_objective(plain, **steps)
+    optimizer = build_optimizer(
+        batch_size=train["batch_size"],
+        **in_steps(plain["optimizer"], _parameters(build_optimizer), **steps)
+        | {"total_steps": steps["total_steps"]},
+    )
+  except ValueError as error:  # lengths that only the size of the data tells
+    raise ConfigError(plain["name"], [str(error)]) from error
   unit_augment = augment.make_augment(**plain["augment"])
   mesh = sharding.make_mesh(train.get("mesh_data", -1), train.get("mesh_fsdp", 1))
   functions = evaluate.wrap_functions(objective.functions(), unit_augment, mesh)
@@ -208,11 +234,7 @@ def build(
       config=plain,
       data=data,
       objective=objective,
-      optimizer=build_optimizer(
-          batch_size=train["batch_size"],
-          **in_steps(plain["optimizer"], _parameters(build_optimizer), **steps)
-          | {"total_steps": steps["total_steps"]},
-      ),
+      optimizer=optimizer,
       augment=unit_augment,
       mesh=mesh,
       grid=grid,
@@ -252,7 +274,11 @@ def _given(section: Mapping[str, Any]) -> dict[str, Any]:
   filled = {
       k: _given(v) if isinstance(v, Mapping) else v for k, v in section.items()
   }
-  return {k: v for k, v in filled.items() if v not in ("", 0, (), {})}
+  # Of numbers only max_records has a 0 that means "all"; others mean what they say.
+  return {
+      k: v for k, v in filled.items()
+      if v not in ("", (), {}) and not (k == "max_records" and v == 0)
+  }
 
 
 def phantom_manifest(name: str, say: Callable[[str], None] = print) -> str:
@@ -328,14 +354,14 @@ def build_optimizer(
   Raises:
     ValueError: for unknown names or lengths that do not fit.
   """
-  powers = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
-  if learning_rate_scaling not in powers:
-    raise ValueError(
-        f"optimizer.learning_rate_scaling {learning_rate_scaling!r} is none of "
-        + ", ".join(powers)
-    )
+  for name, value, known in (
+      ("learning_rate_scaling", learning_rate_scaling, SCALING),
+      ("schedule", schedule, SCHEDULES),
+  ):
+    if value not in known:
+      raise ValueError(f"optimizer.{name} {value!r} is none of {', '.join(known)}")
   ratio = batch_size / (learning_rate_batch or batch_size)
-  peak = learning_rate * ratio ** powers[learning_rate_scaling]
+  peak = learning_rate * ratio ** SCALING[learning_rate_scaling]
   # offset 1: as V-JEPA 2 counts, so that no step has a learning rate of 0.
   common = dict(warmup_steps=warmup_steps, final=final_fraction * peak, offset=1)
   builders = {
@@ -350,10 +376,6 @@ def build_optimizer(
           peak, total_steps, decay_steps=0, **{**common, "final": peak}
       ),
   }
-  if schedule not in builders:
-    raise ValueError(
-        f"optimizer.schedule {schedule!r} is none of {', '.join(builders)}"
-    )
   wd = weight_decay
   if final_weight_decay is not None:
     wd = schedules.cosine(weight_decay, final_weight_decay, total_steps)
@@ -378,12 +400,14 @@ def _loop_options(plain, grid, evaluators, **steps) -> loop.LoopOptions:
   section["total_steps"] = steps["total_steps"]
   best = section.get("best_metric") or None
   # Without labels there is no probe, and then nothing to choose the best by.
-  if best and best.split(".")[0] not in evaluators:
+  given = {plain["evals"][name]["type"] for name in evaluators}
+  if best and best.split(".")[0] not in given:
     best = None
   wandb = plain.get("wandb", {})
   return loop.LoopOptions(**{
       **section,
       "best_metric": best,
+      "early_stop_metric": section.get("early_stop_metric") or None,
       "tokens_per_volume": grid.tokens,
       "wandb": wandb if wandb.get("project") else None,
   })
@@ -400,7 +424,12 @@ def _build_evaluators(plain, functions, data, **steps):
     )
     every = options.pop("every_steps") or None
     options.pop("type")
-    evaluators[name] = (unit(functions, data, **options), every)
+    try:
+      evaluators[name] = (unit(functions, data, **options), every)
+    except (KeyError, ValueError) as error:
+      raise ConfigError(
+          plain["name"], [f"evals.{name}: {error.args[0]}"]
+      ) from error
   return evaluators
 
 
@@ -414,16 +443,22 @@ def model_grid(plain: Mapping[str, Any]) -> Grid:
   return Grid(tuple(voxels), tuple(plain["model"]["patch"]))
 
 
-def _section_faults(plain: Mapping[str, Any]) -> list[str]:
-  """Unknown and missing keys, durations spelled twice, names that do not resolve."""
-  faults = []
+def _section_faults(plain: Mapping[str, Any]) -> dict[str, list[str]]:
+  """Unknown and missing keys, durations spelled twice, names that do not resolve.
+
+  Returns {section: faults}; those of no section are under "".
+  """
   known = {"name", "seed", "wandb", *SECTIONS}
+  faults = {section: [] for section in ("", "wandb", *SECTIONS)}
   for key in sorted(set(plain) - known):
-    faults.append(f"{key}: unknown section; closest: {_closest(key, known)}")
+    faults[""].append(f"{key}: unknown section; closest: {_closest(key, known)}")
   for key in sorted({"name", "seed", *SECTIONS} - set(plain)):
-    faults.append(f"{key}: missing")
+    faults[key if key in faults else ""].append(f"{key}: missing")
   for section in SECTIONS:
-    if not isinstance(plain.get(section), Mapping):
+    if section not in plain:
+      continue
+    if not isinstance(plain[section], Mapping):
+      faults[section].append(f"{section}: {plain[section]!r} is not a dict of options")
       continue
     units = plain[section].items() if section == "evals" else [("", plain[section])]
     for name, options in units:
@@ -431,11 +466,17 @@ def _section_faults(plain: Mapping[str, Any]) -> list[str]:
       try:
         keywords = _keywords(section, options)
       except KeyError as error:
-        faults.append(f"{place}: {error.args[0]}")
+        faults[section].append(f"{place}: {error.args[0]}")
         continue
-      faults += _keyword_faults(place, options, keywords)
+      faults[section] += _keyword_faults(place, options, keywords)
   if "wandb" in plain:
-    faults += _keyword_faults("wandb", plain["wandb"], dict.fromkeys(WANDB, False))
+    faults["wandb"] = _keyword_faults(
+        "wandb", plain["wandb"], dict.fromkeys(WANDB, False)
+    )
+    if plain["wandb"].get("mode", "online") not in WANDB_MODES:
+      faults["wandb"].append(
+          f"wandb.mode: {plain['wandb']['mode']!r} is none of {', '.join(WANDB_MODES)}"
+      )
   return faults
 
 
@@ -494,16 +535,153 @@ def _geometry_faults(plain: Mapping[str, Any]) -> list[str]:
   where = "augment.crop" if crop else "data.canvas"
   patch = tuple(plain["model"]["patch"])
   faults = [f"{where} {voxels}: {f}" for f in grid_faults(voxels, patch)]
-  options = {k: v for k, v in plain["objective"].items() if _stem(k) is None}
-  faults += objective_faults(plain["objective"]["name"], options)
-  if faults:
-    return faults
-  grid = Grid(voxels, patch)
   faults += [
       f"augment: {f}" for f in augment.augment_faults(plain["augment"], (1, *canvas))
   ]
+  options = {k: v for k, v in plain["objective"].items() if _stem(k) is None}
+  faults += objective_faults(plain["objective"]["name"], options)
+  if grid_faults(voxels, patch) or not isinstance(plain["objective"]["masks"], Mapping):
+    return faults
+  grid = Grid(voxels, patch)
   for name, group in plain["objective"].get("masks", {}).items():
     faults += [f"objective.masks.{name}: {f}" for f in masks.mask_faults(group, grid)]
+  return faults
+
+
+def _data_faults(plain: Mapping[str, Any]) -> list[str]:
+  """The manifest, names, shares of the splits, ranges."""
+  data = {k: v for k, v in plain["data"].items() if v not in ("", (), {})}
+  faults = []
+  manifest = data.get("manifest", "")
+  if not manifest:
+    faults.append(
+        "data.manifest: empty; give your own table with --config.data.manifest=FILE "
+        "(columns participant_id, filepath, ...), or run the embedded corpus with "
+        "the arm :sample"
+    )
+  if manifest.startswith("phantom:") and manifest[8:] not in PHANTOMS:
+    faults.append(
+        f"data.manifest: no embedded corpus {manifest!r}; there are "
+        + ", ".join(f"phantom:{key}" for key in PHANTOMS)
+    )
+  try:
+    ops.check_options(data.get("resample", "resize"), data.get("dtype", "uint8"))
+  except ValueError as error:
+    faults.append(f"data.{error}")
+  if data.get("validate", "read") not in ("read", "lazy"):
+    faults.append(f"data.validate: {data['validate']!r} is none of read, lazy")
+  if data.get("threads", 1) < 1:
+    faults.append(f"data.threads: {data['threads']} must be at least 1")
+  if not 0 <= data.get("max_bad_fraction", 0.0) <= 1:
+    faults.append(f"data.max_bad_fraction: {data['max_bad_fraction']} is not in [0, 1]")
+  splits = data.get("splits", {})
+  if not isinstance(splits, str):
+    shares = ", ".join(f"{k} {v}" for k, v in splits.items()) or "none"
+    if "train" not in splits or min(splits.values()) <= 0:
+      faults.append(f"data.splits: {shares}; needs train, and shares above 0")
+    elif abs(sum(splits.values()) - 1) > 1e-6:
+      faults.append(f"data.splits: {shares} add to {sum(splits.values()):g}, not 1")
+  return faults
+
+
+def _model_faults(plain: Mapping[str, Any]) -> list[str]:
+  """Asks the backbone's own module what is wrong with its options."""
+  package, _ = _PLACES["model"]
+  options = {k: v for k, v in plain["model"].items() if k != "name"}
+  module = importlib.import_module(f"{package}.{plain['model']['name']}")
+  return [f"model.{fault}" for fault in module.model_faults(options)]
+
+
+def _optimizer_faults(plain: Mapping[str, Any]) -> list[str]:
+  """Names, ranges, and lengths against the run's as far as they are known."""
+  options, faults = plain["optimizer"], []
+  for name, known in (("schedule", SCHEDULES), ("learning_rate_scaling", SCALING)):
+    if options.get(name, next(iter(known))) not in known:
+      faults.append(f"optimizer.{name}: {options[name]!r} is none of {', '.join(known)}")
+  for name in ("learning_rate", "learning_rate_batch", "eps", "clip_norm"):
+    if not options.get(name, 1.0) > 0:
+      faults.append(f"optimizer.{name}: {options[name]} must be positive")
+  for name, low, high in (
+      ("b1", 0, 1), ("b2", 0, 1), ("final_fraction", 0, 1),
+      ("weight_decay", 0, float("inf")), ("final_weight_decay", 0, float("inf")),
+  ):
+    if not low <= options.get(name, 0.0) <= high:
+      faults.append(f"optimizer.{name}: {options[name]} is not in [{low}, {high}]")
+  falls = duration_key(options, "decay")
+  if (options.get("schedule") == "wsd") != (falls is not None):
+    faults.append(
+        "optimizer.decay_steps (or _epochs, _percent): the length of the fall, to be "
+        f"given with schedule 'wsd' and no other; schedule is "
+        f"{options.get('schedule', 'cosine')!r}, decay {options.get(falls)}"
+    )
+  return faults + _fit_faults(options, plain["train"])
+
+
+def _fit_faults(options: Mapping[str, Any], train: Mapping[str, Any]) -> list[str]:
+  """Warm-up and decay against the run; a length that only the data tell is left."""
+  keys = [k for k in (duration_key(options, s) for s in ("warmup", "decay")) if k]
+  length = duration_key(train, "total")
+  if not keys or length is None or train[length] < 1:
+    return []
+  suffixes = {key.rpartition("_")[2] for key in (*keys, length)} - {"percent"}
+  per_epoch = train.get("steps_per_epoch")
+  if len(suffixes) > 1 and not per_epoch:
+    return []
+  per_epoch = per_epoch or 1000  # of one unit only, any number compares the same
+  total = train[length] * (per_epoch if length == "total_epochs" else 1)
+  scale = {"steps": 1, "epochs": per_epoch, "percent": total / 100}
+  spent = sum(options[key] * scale[key.rpartition("_")[2]] for key in keys)
+  warmup = keys[0] if keys[0].startswith("warmup") else None
+  too_long = warmup and options[warmup] * scale[warmup.rpartition("_")[2]] >= total
+  if not too_long and spent <= total:
+    return []
+  given = " and ".join(f"{key} {options[key]}" for key in keys)
+  return [
+      f"optimizer.{given}: as long as the whole run, train.{length} {train[length]}; "
+      "shorten it or train longer"
+  ]
+
+
+def duration_key(section: Mapping[str, Any], stem: str) -> str | None:
+  """Returns how a section spells a duration, such as "warmup_percent"."""
+  found = (f"{stem}_{suffix}" for suffix in SUFFIXES)
+  return next((key for key in found if section.get(key) is not None), None)
+
+
+def _evaluation_faults(
+    plain: Mapping[str, Any], device_count: int | None
+) -> list[str]:
+  """Splits and batches of evaluators; metrics that no evaluator gives."""
+  evals, train, faults = plain["evals"], plain["train"], []
+  splits = plain["data"].get("splits", {})
+  for name, given in evals.items():
+    parameters = inspect.signature(resolve("evals", given["type"])).parameters
+    options = {k: p.default for k, p in parameters.items()} | given
+    split, rows = options.get("split"), options.get("batch_size", device_count or 1)
+    # The names in a column are known when the manifest has been read.
+    if split and not isinstance(splits, str) and split not in splits:
+      faults.append(
+          f"evals.{name}.split: {split!r} is no split of data.splits; it has "
+          + ", ".join(splits)
+      )
+    if rows < 1 or rows % (device_count or 1):
+      faults.append(
+          f"evals.{name}.batch_size: {rows} must be a positive multiple of the "
+          f"{device_count or 'number of'} device(s)"
+      )
+  types = sorted({options["type"] for options in evals.values()})
+  for key, known in (
+      ("best_metric", types), ("early_stop_metric", [*types, "validation"])
+  ):
+    metric = train.get(key, "")
+    kind = metric.split(".")[0]
+    if not metric or (key == "best_metric" and kind in ("loss", "validation")):
+      continue  # the latter is refused for another reason
+    if kind not in known:
+      faults.append(
+          f"train.{key}: {metric!r} comes from no evaluator of evals; they give "
+          f"numbers of {', '.join(f'{k}.*' for k in known) or 'nothing'}"
+      )
   return faults
 
 
@@ -518,8 +696,9 @@ def objective_faults(name: str, options: Mapping[str, Any]) -> list[str]:
 def _training_faults(
     plain: Mapping[str, Any], device_count: int | None
 ) -> list[str]:
-  """Batch by accumulation and devices, the run's length, the probe's label."""
-  train, faults = plain["train"], []
+  """Ranges, batch by accumulation and devices, the run's length."""
+  train = plain["train"]
+  faults = [f"train.{fault}" for fault in loop.option_faults(train)]
   batch, accum = train["batch_size"], train.get("accum", 1)
   lengths = [f"total_{s}" for s in SUFFIXES[:2] if f"total_{s}" in train]
   if len(lengths) != 1:
@@ -527,11 +706,13 @@ def _training_faults(
         "train.total_steps or train.total_epochs: give one; got "
         + (" and ".join(lengths) or "none")
     )
-  if batch < 1 or accum < 1 or batch % accum:
+  elif not train[lengths[0]] > 0:
+    faults.append(f"train.{lengths[0]} {train[lengths[0]]} must be positive")
+  if batch >= 1 and accum >= 1 and batch % accum:
     faults.append(
         f"train.batch_size {batch}: not a multiple of train.accum {accum}"
     )
-  else:
+  elif batch >= 1 and accum >= 1:
     faults += _mesh_faults(train, batch // accum, device_count)
   best = train.get("best_metric", "")
   if best and best.split(".")[0] in ("loss", "validation"):
@@ -539,12 +720,6 @@ def _training_faults(
         f"train.best_metric {best!r}: the self-supervised loss does not say which "
         "checkpoint is best (it may rise while features improve); name a probe's "
         "number such as 'probe.accuracy', or '' for none"
-    )
-  if not plain["data"].get("manifest"):
-    faults.append(
-        "data.manifest: empty; give your own table with --config.data.manifest=FILE "
-        "(columns participant_id, filepath, ...), or run the embedded corpus with "
-        "the arm :sample"
     )
   return faults
 
@@ -554,6 +729,11 @@ def _mesh_faults(
 ) -> list[str]:
   data, fsdp = train.get("mesh_data", -1), train.get("mesh_fsdp", 1)
   faults = []
+  if fsdp < 1 or (data < 1 and data != -1):
+    return [
+        f"train.mesh_data {data} x train.mesh_fsdp {fsdp}: must be positive, or -1 "
+        "for mesh_data (all devices that are left)"
+    ]
   if device_count and device_count % fsdp:
     faults.append(
         f"train.mesh_fsdp {fsdp}: does not divide the {device_count} device(s)"

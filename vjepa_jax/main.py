@@ -32,7 +32,10 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; default runs/NAME of the config."
 )
 # What may differ between a run and its continuation.
-_FREE = ("train", "evals", "wandb")
+_FREE = (
+    "train", "evals", "wandb", "data.threads", "data.cache_bytes",
+    "data.max_bad_fraction",
+)
 _FIXED_IN_TRAIN = ("batch_size", "accum")
 
 
@@ -72,6 +75,7 @@ def train(config: Any, workdir: pathlib.Path) -> None:
     _write_json(workdir / "data_report.json", data.report)
     print(format_data(data.report))
   held_out = data.splits.get("validation")
+  threads = plain["data"].get("threads", 2)
   state = loop.run(
       objective=experiment.objective,
       optimizer=experiment.optimizer,
@@ -80,6 +84,7 @@ def train(config: Any, workdir: pathlib.Path) -> None:
           data.splits["train"],
           batch_size=options.batch_size // jax.process_count(),
           seed=config.seed,
+          threads=threads,
           shard=(jax.process_index(), jax.process_count()),
       ),
       workdir=workdir,
@@ -88,7 +93,7 @@ def train(config: Any, workdir: pathlib.Path) -> None:
       seed=config.seed,
       mesh=experiment.mesh,
       eval_batches=held_out and (
-          lambda: pipeline.eval_batches(held_out, options.batch_size)
+          lambda: pipeline.eval_batches(held_out, options.batch_size, threads=threads)
       ),
       evaluators=experiment.evaluators,
   )
@@ -137,7 +142,8 @@ def format_data(report: Mapping[str, Any]) -> str:
 
 def _matters(key: str) -> bool:
   section, _, rest = key.partition(".")
-  return section not in _FREE or (section == "train" and rest in _FIXED_IN_TRAIN)
+  free = section in _FREE or key in _FREE
+  return not free or (section == "train" and rest in _FIXED_IN_TRAIN)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -212,6 +212,15 @@ class ViT(nn.Module):
 Model = ViT
 
 
+def model_faults(options: Mapping[str, Any]) -> list[str]:
+  """Says what is wrong with the keywords of `build`; an empty list is well."""
+  preset = options.get("preset")
+  if preset not in PRESETS:
+    nearest = difflib.get_close_matches(str(preset), PRESETS, 3, 0.0)
+    return [f"preset {preset!r} is not known; the closest: {', '.join(nearest)}"]
+  return blocks.stack_faults({**PRESETS[preset], **options}, positions=POSITIONS)
+
+
 def build(preset: str, **overrides: Any) -> ViT:
   """Builds a ViT of a published size, e.g. build("base", patch=(1, 2, 16, 16)).
 

@@ -32,11 +32,11 @@ from vjepa_jax.volumes.grid import Grid
 
 _DATA = flags.DEFINE_string("data", None, "The pullback, .npz.")
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of initialisation and of draws.")
-_STEPS = flags.DEFINE_integer("steps", 700, "Optimiser steps.")
+_STEPS = flags.DEFINE_integer("steps", 1000, "Optimiser steps.")
 
 VOXELS, PATCH, BATCH = (1, 16, 96, 96), (1, 4, 12, 12), 16
 TRAIN, FAR, NEAR = ((0, 64), (104, 125)), ((130, 186),), ((70, 100),)
-# Corners of the windows that together cover a frame of 125 x 125.
+# Corners of the windows that together cover 120 x 120 of a frame of 125 x 125.
 CORNERS = [(y, x) for y in (0, 24) for x in (0, 24)]
 TISSUES = {"lumen": 1, "cap": 2, "lipid": 4}
 RIDGE = 10.0

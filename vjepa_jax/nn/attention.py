@@ -300,3 +300,4 @@ _IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "xla": _xla,
     "chunked": _chunked,
 }
+IMPLEMENTATIONS = tuple(_IMPLEMENTATIONS)

@@ -1,15 +1,25 @@
 """Pre-norm transformer blocks, scanned over depth."""
 
+from collections.abc import Mapping
 import difflib
+from typing import Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from vjepa_jax.nn.attention import INITIALIZERS, SAVED, MultiHeadAttention, scaled
+from vjepa_jax.nn import positions as positions_lib
+from vjepa_jax.nn.attention import (
+    IMPLEMENTATIONS,
+    INITIALIZERS,
+    SAVED,
+    MultiHeadAttention,
+    scaled,
+)
 from vjepa_jax.nn.positions import Rope
 
 REMAT = ("none", "full", "attention")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def layer_norm(name: str | None = None, eps: float = 1e-6) -> nn.LayerNorm:
@@ -59,6 +69,60 @@ def default_heads(
         f"{' or '.join(map(str, nearest))}"
     )
   return heads
+
+
+def stack_faults(
+    options: Mapping[str, Any],
+    *,
+    positions: tuple[str, ...],
+    otherwise: int | None = None,
+) -> list[str]:
+  """Says what is wrong with the keywords of a module made of a `Stack`.
+
+  Args:
+    options: `width`, and what is given of heads, depth, drop_path, attention,
+      attention_chunk, remat, unroll, initializer, dtype, positions and rope_*.
+    positions: names that the module knows, its default first.
+    otherwise: of `default_heads`.
+
+  Returns:
+    One sentence a fault; an empty list is well.
+  """
+  faults = []
+  for name, known in (
+      ("attention", IMPLEMENTATIONS), ("remat", REMAT), ("dtype", DTYPES),
+      ("initializer", tuple(INITIALIZERS)), ("positions", positions),
+      ("rope_layout", positions_lib.LAYOUTS), ("rope_units", positions_lib.UNITS),
+  ):
+    if options.get(name, known[0]) not in known:
+      faults.append(f"{name} {options[name]!r} is none of {', '.join(known)}")
+  for name in ("depth", "unroll", "attention_chunk"):
+    if options.get(name, 1) < 1:
+      faults.append(f"{name} {options[name]} must be at least 1")
+  if not 0.0 <= options.get("drop_path", 0.0) < 1.0:
+    faults.append(f"drop_path {options['drop_path']} must be in [0, 1)")
+  try:
+    default_heads(options["width"], options.get("heads"), otherwise)
+  except ValueError as error:
+    faults.append(str(error))
+  return faults + _rope_faults(options, positions[0])
+
+
+def _rope_faults(options: Mapping[str, Any], default: str) -> list[str]:
+  """Units and reference of positions belong together."""
+  units, reference = options.get("rope_units", "index"), options.get("rope_reference")
+  if units == "mm" and options.get("positions", default) != "rope":
+    return [f"rope_units 'mm' is read by positions 'rope' only, not {options['positions']!r}"]
+  if units == "mm" and options.get("rope_layout") == "vjepa2":
+    return ["rope_layout 'vjepa2' knows rope_units 'index' only, got 'mm'"]
+  if units == "mm" and (reference is None or len(reference) != 4 or min(reference) <= 0):
+    return [
+        f"rope_units 'mm' needs rope_reference=(s, mm, mm, mm), positive: what "
+        f"counts as one step along T, Z, Y, X; got {reference}"
+    ]
+  if units == "index" and reference is not None:
+    return [f"rope_reference {reference} is read with rope_units 'mm' only"]
+  return []
 
 
 class Mlp(nn.Module):

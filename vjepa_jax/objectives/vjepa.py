@@ -13,6 +13,7 @@ positions from ids does not depend on order), one mask token a mask group.
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import difflib
 from typing import Any
 
 from flax import linen as nn
@@ -29,6 +30,7 @@ from vjepa_jax.volumes.grid import Grid
 TARGET_NORMS = ("layer_norm", "l2", "none")
 LOSSES = ("l1", "l2", "smooth_l1", "cosine")
 PREDICTORS = ("transformer", "mlp")
+NORMS = ("batch", "layer", "none")
 # The reference normalises targets with torch's default, not with its models' 1e-6.
 TARGET_EPS = 1e-5
 
@@ -201,7 +203,7 @@ class VJEPA:
     predictor: {kind: "transformer" | "mlp", ...} and the predictor's attributes.
     target_norm: what is done to each target vector: "layer_norm" (no affine),
       "l2", "none".
-    loss: "l1", "l2" (half the square), "smooth_l1" (mean over D), or "cosine"
+    loss_kind: "l1", "l2" (half the square), "smooth_l1" (mean over D), or "cosine"
       (2 - 2 cos, summed over D, so that it does not shrink with width).
     momentum_start, momentum_end: EMA momentum at step 0 and at `momentum_steps`.
     momentum_schedule: "linear" or "cosine" in between.
@@ -450,7 +452,6 @@ def objective_faults(
   for what, value, known in (
       ("target_norm", target_norm, TARGET_NORMS),
       ("loss_kind", loss_kind, LOSSES),
-      ("predictor.kind", (predictor or {}).get("kind", "transformer"), PREDICTORS),
       ("momentum_schedule", momentum_schedule, ("linear", "cosine")),
   ):
     if value not in known:
@@ -465,6 +466,7 @@ def objective_faults(
   ):
     if value < 0:
       faults.append(f"objective.{what}: must not be negative (momentum_steps >= 1)")
+  faults += [f"objective.predictor: {f}" for f in _predictor_faults(**predictor or {})]
   if loss_kind == "cosine" and target_norm != "l2":
     faults.append("objective.loss_kind: cosine needs objective.target_norm=l2")
   if context_weight and (predictor or {}).get("kind", "transformer") == "mlp":
@@ -472,6 +474,32 @@ def objective_faults(
         "objective.context_weight: the mlp predictor has no context tokens to "
         "predict; set it to 0 or objective.predictor.kind=transformer"
     )
+  return faults
+
+
+def _predictor_faults(kind: str = "transformer", **options: Any) -> list[str]:
+  """Says what is wrong with the options of `build_predictor`."""
+  unit = {"transformer": TransformerPredictor, "mlp": MLPPredictor}.get(kind)
+  if unit is None:
+    return [f"kind {kind!r} is none of {', '.join(PREDICTORS)}"]
+  default = {
+      f.name: f.default for f in dataclasses.fields(unit)
+      if f.name not in ("features", "groups", "parent", "name")
+  }
+  faults = [
+      f"{key} is no option of {kind}; closest: "
+      + ", ".join(difflib.get_close_matches(key, default, 3, 0.0))
+      for key in options if key not in default
+  ]
+  if kind == "transformer":
+    return faults + blocks.stack_faults(
+        {**default, **options}, positions=("rope", "sincos"), otherwise=12
+    )
+  for name, known in (
+      ("norm", NORMS), ("initializer", tuple(INITIALIZERS)), ("dtype", blocks.DTYPES)
+  ):
+    if options.get(name, known[0]) not in known:
+      faults.append(f"{name} {options[name]!r} is none of {', '.join(known)}")
   return faults
 
 

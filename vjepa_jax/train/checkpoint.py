@@ -46,6 +46,7 @@ class Checkpoints:
       keep: int | None = 3,
       keep_every_steps: int | None = None,
       best_mode: str | None = None,
+      read_only: bool = False,
   ):
     """Opens or creates a folder, local or gs://.
 
@@ -55,6 +56,8 @@ class Checkpoints:
         None keeps all.
       keep_every_steps: beside these, one every so many steps stays for good.
       best_mode: "max" or "min" rank by the `metric` given to `save`; None by step.
+      read_only: neither creates nor changes anything, so that a run that is still
+        writing may be looked at.
 
     Raises:
       ValueError: best_mode is unknown.
@@ -77,7 +80,10 @@ class Checkpoints:
             preservation_policy=_retention(keep, keep_every_steps, best_mode),
             best_fn=_metric if best_mode else None,
             best_mode=best_mode or "max",
-            cleanup_tmp_directories=True,
+            # What a killed run left; of a run under way it would be its next save.
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
         ),
     )
 

@@ -32,6 +32,7 @@ def wrap_functions(
 
   Returns:
     name -> fn(params, model_state, [host batch, ...]), each compiled once a shape;
+    every host gives the same whole batch (evaluators all see all of it);
     what they return has its whole value on every host (`np.asarray` works).
   """
   return {name: _wrap(fn, augment, mesh) for name, fn in functions.items()}
@@ -58,7 +59,8 @@ class Validation:
       objective: whose loss is asked.
       augment: called with train=False.
       mesh: where batches go.
-      batches: gives host batches, padded with `_mask` 0, at each call afresh.
+      batches: gives whole batches, the same on every host, padded with `_mask` 0,
+        at each call afresh.
       limit: at most so many batches; None: all.
     """
     self._step = jax.jit(
@@ -74,7 +76,7 @@ class Validation:
     """
     total: metrics_lib.Sums = {}
     for batch in itertools.islice(self._batches(), self._limit):
-      metrics = self._step(params, model_state, sharding.put_batch(batch, self._mesh))
+      metrics = self._step(params, model_state, sharding.put_common_batch(batch, self._mesh))
       total = metrics_lib.merge(total, jax.device_get(metrics))
     if not total.get("loss", (0.0, 0.0))[1]:
       raise ValueError(
@@ -201,6 +203,7 @@ def _wrap(fn: Callable[..., Any], augment: Augment, mesh: Mesh) -> Callable[...,
   def call(params, model_state, batch=None, *args):
     if batch is None:
       return without_batch(params, model_state)
-    return with_batch(params, model_state, sharding.put_batch(batch, mesh), *args)
+    batch = sharding.put_common_batch(batch, mesh)
+    return with_batch(params, model_state, batch, *args)
 
   return call

@@ -117,7 +117,8 @@ def run(
     config: the experiment as JSON, kept in every checkpoint.
     seed: of parameters and of every draw on the device.
     mesh: of `sharding.make_mesh`; None: all devices along data.
-    eval_batches: called for each validation; gives batches padded with `_mask` 0.
+    eval_batches: called for each validation; gives whole batches, the same on every
+      host, padded with `_mask` 0.
     evaluators: name -> (evaluator, every how many steps). All run before the first
       step and after the last; None for the number means only then. One that has
       `restore(lines)` gets the lines of metrics.jsonl when a run goes on.
@@ -385,12 +386,32 @@ def _check(
   sharding.check_batch(options.batch_size, options.accum, mesh)
   for name in ("learning_rate", "weight_decay"):
     schedules.check_monotone(name, getattr(optimizer, name), options.total_steps)
-  for name in ("total_steps", "log_every_steps", "max_skipped_in_row", "keep"):
-    if getattr(options, name) < 1:
-      raise ValueError(f"train.{name} {getattr(options, name)} must be at least 1")
-  for name in ("best_mode", "early_stop_mode"):
-    if getattr(options, name) not in ("max", "min"):
-      raise ValueError(f"train.{name} {getattr(options, name)!r} is not max or min")
+  given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+  faults = option_faults({k: v for k, v in given.items() if v is not None})
+  if faults:
+    raise ValueError("; ".join(f"train.{fault}" for fault in faults))
+
+
+def option_faults(options: Mapping[str, Any]) -> list[str]:
+  """Says what is wrong with keywords of `LoopOptions`; those left out are well."""
+  faults = [
+      f"{name} {options[name]} must be at least 1"
+      for name in (
+          "total_steps", "batch_size", "accum", "log_every_steps", "keep",
+          "keep_best", "checkpoint_every_steps", "keep_every_steps",
+          "early_stop_patience", "validation_batches", "max_skipped_in_row",
+          "profile_steps",
+      )
+      if options.get(name, 1) < 1
+  ]
+  if not options.get("checkpoint_every_minutes", 1.0) > 0:
+    minutes = options["checkpoint_every_minutes"]
+    faults.append(f"checkpoint_every_minutes {minutes} must be positive")
+  return faults + [
+      f"{name} {options[name]!r} is not max or min"
+      for name in ("best_mode", "early_stop_mode")
+      if options.get(name, "max") not in ("max", "min")
+  ]
 
 
 class _Saver:

@@ -100,17 +100,46 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
       values are no numbers.
   """
   sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-  local = mesh.size // jax.process_count()
-  arrays = {}
-  for name, value in batch.items():
-    value = np.asarray(value)
-    if value.dtype.kind not in "biuf" or value.ndim < 1 or len(value) % local:
+  batch = _checked(batch, mesh.size // jax.process_count(), "devices of this host")
+  return {
+      name: jax.make_array_from_process_local_data(sharding, value)
+      for name, value in batch.items()
+  }
+
+
+def put_common_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh
+) -> dict[str, jax.Array]:
+  """Makes global arrays [B, ...], rows over all devices, of rows that every host has.
+
+  What is evaluated is the same on any number of hosts.
+
+  Args:
+    batch: numpy arrays [B, ...], equal on all processes.
+    mesh: of `make_mesh`.
+
+  Raises:
+    ValueError: an array's rows do not divide by the devices, or its values are no
+      numbers.
+  """
+  sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  return {
+      name: jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+      for name, value in _checked(batch, mesh.size, "devices").items()
+  }
+
+
+def _checked(
+    batch: Mapping[str, np.ndarray], count: int, places: str
+) -> dict[str, np.ndarray]:
+  """Returns the batch as arrays of numbers whose rows `count` divides."""
+  arrays = {name: np.asarray(value) for name, value in batch.items()}
+  for name, value in arrays.items():
+    if value.dtype.kind not in "biuf" or value.ndim < 1 or len(value) % count:
       raise ValueError(
           f"batch[{name!r}]: {value.dtype} {list(value.shape)} cannot be put on "
-          f"{local} devices of this host; wanted numbers, with a first axis that "
-          f"{local} divides"
+          f"{count} {places}; wanted numbers, with a first axis that {count} divides"
       )
-    arrays[name] = jax.make_array_from_process_local_data(sharding, value)
   return arrays
 
 
