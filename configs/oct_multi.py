@@ -199,6 +199,8 @@ def smoke(c: ml_collections.ConfigDict) -> None:
   c.train.log_every_steps = 1
   c.train.validate_every_steps = 10
   c.train.validation_batches = 1
+  # A tenth of so few participants would be too few for a probe.
+  c.evals.probe.update(split="train", folds=2, inner_folds=2)
 
 
 def sample(c: ml_collections.ConfigDict) -> None:

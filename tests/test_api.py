@@ -7,7 +7,7 @@ import pytest
 
 import vjepa_jax
 from vjepa_jax import config as config_lib
-from vjepa_jax.train import loop
+from vjepa_jax.train import checkpoint, loop, watch
 
 
 def test_build_gives_features_and_class_token_in_one_call():
@@ -22,6 +22,18 @@ def test_build_gives_features_and_class_token_in_one_call():
 def test_an_unknown_preset_names_the_closest():
   with pytest.raises(ValueError, match="large"):
     vjepa_jax.build("larg")
+
+
+def test_features_of_one_shape_are_compiled_once():
+  model = vjepa_jax.build("tiny", width=16, depth=1, heads=2, patch=(1, 2, 4, 4))
+  volume = jnp.ones((1, 1, 4, 8, 8, 1))
+  params = jax.jit(model.init)(jax.random.key(0), volume)["params"]
+  encoders = vjepa_jax.Encoders(model, {"target": params}, {}, 0)
+  watch.compile_count()
+  encoders.features(volume)
+  before = watch.compile_count()
+  encoders.features(volume)
+  assert watch.compile_count() == before
 
 
 @pytest.mark.slow
@@ -52,3 +64,10 @@ def test_load_gives_both_encoders_of_a_run(tmp_path, monkeypatch):
   assert np.abs(different - model.features(volume).pooled).max() > 1e-4
   with pytest.raises(KeyError, match="context"):
     model.features(volume, encoder="online")
+  best = checkpoint.Checkpoints(
+      tmp_path / "run" / "checkpoints" / "best", keep=2, best_mode="max"
+  )
+  for step, metric in ((1, 0.9), (2, 0.5)):
+    best.save(step, seen["state"], config={}, metric=metric)
+  best.close()
+  assert vjepa_jax.load(str(tmp_path / "run"), best=True).step == 1

@@ -1,5 +1,6 @@
 """Configs: all faults at once, before anything is touched; golden dumps."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 from vjepa_jax import config as config_lib
+from vjepa_jax import main
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -46,7 +48,7 @@ def test_all_faults_are_reported_at_once():
   with config.unlocked():
     config.data.canvaz = (1, 2, 3)
     config.model.patch = (1, 7, 8, 8)
-    config.model.preset = "tiny"
+    config.model.heads = 7
     config.optimizer.warmup_epochs = 3
     config.objective.name = "vjeppa"
     config.evals.health.type = "helth"
@@ -58,8 +60,112 @@ def test_all_faults_are_reported_at_once():
       "objective: 'vjeppa' is none of vjepa",
       "evals.health: 'helth' is none of health",
       "train.batch_size: missing",
+      "Z=16 is not a multiple of patch 7",
+      "model.width 128 is not a multiple of heads 7",
   ):
     assert part in text, text
+
+
+@pytest.mark.parametrize("path,value,part", [
+    ("model.preset", "basee", "closest: base"),
+    ("model.heads", 7, "768 is not a multiple of heads 7; nearest 6 or 8"),
+    ("model.positions", "rop", "'rop' is none of rope"),
+    ("model.attention", "chunkd", "'chunkd' is none of xla, chunked"),
+    ("model.rope_units", "mm", "needs rope_reference"),
+    ("model.rope_reference", (1.0, 1.0, 1.0, 1.0), "rope_units 'mm' only"),
+    ("objective.predictor.depht", 3, "depht is no option of transformer; closest: depth"),
+    ("objective.predictor.positions", "sincoss", "'sincoss' is none of rope, sincos"),
+    ("objective.masks.short.cuont", 3, "cuont is no option of blocks; closest: count"),
+    ("optimizer.schedule", "cosin", "'cosin' is none of cosine"),
+    ("optimizer.schedule", "wsd", "optimizer.decay_steps"),
+    ("optimizer.learning_rate", -1e-3, "must be positive"),
+    ("optimizer.warmup_percent", 100.0, "as long as the whole run"),
+    ("optimizer.b2", 1.5, "not in [0, 1]"),
+    ("train.best_metric", "prob.accuracy", "comes from no evaluator"),
+    ("train.log_every_steps", 0, "must be at least 1"),
+    ("train.mesh_fsdp", 0, "must be positive"),
+    ("evals.probe.split", "nosuch", "they have train, validation"),
+    ("data.splits", dict(train=0.9, validation=0.3), "add to 1.2, not 1"),
+    ("data.resample", "resiz", "'resiz'"),
+    ("data.max_bad_fraction", 2.0, "not in [0, 1]"),
+    ("data.manifest", "phantom:octt", "phantom:oct"),
+    ("wandb.mode", "onlin", "none of online"),
+])
+def test_a_value_that_could_only_fail_later_is_refused_by_its_place(path, value, part):
+  config = load("oct_multi")
+  *sections, key = path.split(".")
+  with config.unlocked():
+    config.data.manifest = "m.tsv"
+    node = config
+    for section in sections:
+      node = node[section]
+    node[key] = value
+  (fault,) = faults_of(config)
+  assert part in fault and path.split(".")[0] in fault
+
+
+def test_an_evaluators_split_is_held_against_the_embedded_corpus():
+  config = load("oct_multi", "sample")
+  with config.unlocked():
+    config.evals.probe.split = "prob"
+  (fault,) = faults_of(config)
+  assert "evals.probe.split: 'prob'" in fault and "probe" in fault
+
+
+def test_rules_of_sound_sections_are_checked_beside_a_typo_in_another():
+  config = load("oct_multi", "sample")
+  with config.unlocked():
+    config.data.canvaz = (1, 2, 3)
+    config.optimizer.learning_rate = -1.0
+    config.train.accum = 3
+  text = "\n".join(faults_of(config))
+  for part in ("data.canvaz", "optimizer.learning_rate", "train.accum 3"):
+    assert part in text, text
+
+
+def test_a_warm_up_in_steps_is_not_held_against_a_run_in_epochs_of_unknown_length():
+  config = load("oct_multi")
+  with config.unlocked():
+    config.data.manifest = "m.tsv"
+    del config.optimizer.warmup_percent
+    config.optimizer.warmup_steps = 1000
+    config.train.total_epochs = 2
+  config_lib.check_config(config)
+  with config.unlocked():
+    config.train.steps_per_epoch = 400
+  (fault,) = faults_of(config)
+  assert "warmup_steps 1000" in fault
+
+
+def test_batches_of_evaluators_must_divide_by_the_devices():
+  config = load("oct_multi")
+  with config.unlocked():
+    config.data.manifest = "m.tsv"
+    config.evals.probe.batch_size = 16
+  text = "\n".join(faults_of(config, device_count=32))
+  assert "evals.probe.batch_size: 16" in text and "32 device(s)" in text
+
+
+def test_a_zero_is_a_value_and_not_the_default():
+  given = config_lib._given(dict(max_bad_fraction=0.0, max_records=0, label=""))
+  assert given == dict(max_bad_fraction=0.0)
+
+
+@pytest.mark.parametrize("arm", ["sample,smoke", "L,H", "literal,sample", "sample,tiny"])
+def test_arms_that_cannot_be_joined_are_refused(arm):
+  with pytest.raises(ValueError, match="cannot be joined"):
+    load("oct_multi", arm)
+
+
+def test_a_run_may_go_on_with_more_threads_and_more_bad_files_but_not_other_data(
+    tmp_path,
+):
+  plain = config_lib.as_plain(load("oct_multi", "sample"))
+  (tmp_path / "config.json").write_text(json.dumps(plain))
+  data = {**plain["data"], "threads": 9, "max_bad_fraction": 0.5}
+  main.check_continuation(tmp_path, {**plain, "data": data})
+  with pytest.raises(config_lib.ConfigError, match="data.resample"):
+    main.check_continuation(tmp_path, {**plain, "data": {**data, "resample": "fov"}})
 
 
 def test_voxels_that_the_patch_does_not_divide_name_the_axis_and_the_nearest():

@@ -9,6 +9,7 @@ without it.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from vjepa_jax import data
@@ -68,12 +69,16 @@ class Encoders:
     Raises:
       KeyError: for an unknown encoder.
     """
-    import jax
-
     if encoder not in self.params:
       raise KeyError(f"encoder {encoder!r} is none of {', '.join(self.params)}")
-    apply = jax.jit(self.backbone.apply)
-    return apply({"params": self.params[encoder]}, volume, spacing=spacing)
+    return self._apply({"params": self.params[encoder]}, volume, spacing=spacing)
+
+  @functools.cached_property
+  def _apply(self):
+    """Compiled once a shape: jit of a bound method is new at each call."""
+    import jax
+
+    return jax.jit(self.backbone.apply)
 
 
 def load(workdir: str, *, step: int | None = None, best: bool = False) -> Encoders:

@@ -135,12 +135,13 @@ def check_config(
     ConfigError: lists every fault.
   """
   plain = as_plain(config)
-  by_section = _section_faults(plain)
-  faults = [fault for found in by_section.values() for fault in found]
+  faults, broken = _section_faults(plain)
   rules = (
       (("data",), _data_faults),
-      (("data", "augment", "model", "objective"), _geometry_faults),
+      (("data", "augment", "model"), _geometry_faults),
       (("model",), _model_faults),
+      (("objective",), _objective_faults),
+      (("data", "augment", "model", "objective"), _mask_faults),
       (("train", "optimizer"), _optimizer_faults),
       (("train",), functools.partial(_training_faults, device_count=device_count)),
       (
@@ -150,7 +151,7 @@ def check_config(
   )
   for sections, rule in rules:
     # A rule reads keys that must exist.
-    if not any(by_section[section] for section in sections):
+    if not broken & set(sections):
       faults += rule(plain)
   if faults:
     raise ConfigError(plain.get("name", "config"), faults)
@@ -403,7 +404,7 @@ def _loop_options(plain, grid, evaluators, **steps) -> loop.LoopOptions:
   given = {plain["evals"][name]["type"] for name in evaluators}
   if best and best.split(".")[0] not in given:
     best = None
-  wandb = plain.get("wandb", {})
+  wandb = _given(plain.get("wandb", {}))
   return loop.LoopOptions(**{
       **section,
       "best_metric": best,
@@ -443,22 +444,20 @@ def model_grid(plain: Mapping[str, Any]) -> Grid:
   return Grid(tuple(voxels), tuple(plain["model"]["patch"]))
 
 
-def _section_faults(plain: Mapping[str, Any]) -> dict[str, list[str]]:
+def _section_faults(plain: Mapping[str, Any]) -> tuple[list[str], set[str]]:
   """Unknown and missing keys, durations spelled twice, names that do not resolve.
 
-  Returns {section: faults}; those of no section are under "".
+  Returns the faults, and the sections that lack what their rules read.
   """
   known = {"name", "seed", "wandb", *SECTIONS}
-  faults = {section: [] for section in ("", "wandb", *SECTIONS)}
+  missing = {"name", "seed", *SECTIONS} - set(plain)
+  faults, broken = [f"{key}: missing" for key in sorted(missing)], set(missing)
   for key in sorted(set(plain) - known):
-    faults[""].append(f"{key}: unknown section; closest: {_closest(key, known)}")
-  for key in sorted({"name", "seed", *SECTIONS} - set(plain)):
-    faults[key if key in faults else ""].append(f"{key}: missing")
-  for section in SECTIONS:
-    if section not in plain:
-      continue
+    faults.append(f"{key}: unknown section; closest: {_closest(key, known)}")
+  for section in (s for s in SECTIONS if s in plain):
     if not isinstance(plain[section], Mapping):
-      faults[section].append(f"{section}: {plain[section]!r} is not a dict of options")
+      faults.append(f"{section}: {plain[section]!r} is not a dict of options")
+      broken.add(section)
       continue
     units = plain[section].items() if section == "evals" else [("", plain[section])]
     for name, options in units:
@@ -466,18 +465,20 @@ def _section_faults(plain: Mapping[str, Any]) -> dict[str, list[str]]:
       try:
         keywords = _keywords(section, options)
       except KeyError as error:
-        faults[section].append(f"{place}: {error.args[0]}")
+        faults.append(f"{place}: {error.args[0]}")
+        broken.add(section)
         continue
-      faults[section] += _keyword_faults(place, options, keywords)
+      absent = _missing_faults(place, options, keywords)
+      faults += _keyword_faults(place, options, keywords) + absent
+      if absent:
+        broken.add(section)
   if "wandb" in plain:
-    faults["wandb"] = _keyword_faults(
-        "wandb", plain["wandb"], dict.fromkeys(WANDB, False)
-    )
+    faults += _keyword_faults("wandb", plain["wandb"], dict.fromkeys(WANDB, False))
     if plain["wandb"].get("mode", "online") not in WANDB_MODES:
-      faults["wandb"].append(
+      faults.append(
           f"wandb.mode: {plain['wandb']['mode']!r} is none of {', '.join(WANDB_MODES)}"
       )
-  return faults
+  return faults, broken
 
 
 def _keywords(section: str, options: Mapping[str, Any]) -> dict[str, bool]:
@@ -517,19 +518,25 @@ def _keyword_faults(
     found = [f"{stem}_{s}" for s in SUFFIXES if f"{stem}_{s}" in options]
     if len(found) > 1:
       faults.append(f"{place}.{stem}: spelled twice, as {' and '.join(found)}; keep one")
-    if not found and keywords.get(f"{stem}_steps"):
-      faults.append(f"{place}.{stem}_steps: missing (or _epochs, _percent)")
     for key in found:
       if not options[key] >= 0:
         faults.append(f"{place}.{key}: {options[key]} must not be negative")
-  for key in sorted(k for k, required in keywords.items() if required):
-    if key not in options and not key.endswith("_steps"):
-      faults.append(f"{place}.{key}: missing")
   return faults
 
 
+def _missing_faults(
+    place: str, options: Mapping[str, Any], keywords: Mapping[str, bool]
+) -> list[str]:
+  return [
+      f"{place}.{key}: missing"
+      for key in sorted(k for k, required in keywords.items() if required)
+      if key not in options
+      and (_stem(key) is None or duration_key(options, _stem(key)) is None)
+  ]
+
+
 def _geometry_faults(plain: Mapping[str, Any]) -> list[str]:
-  """Voxels by patch, crop by canvas, mask counts by grid, options of the units."""
+  """Voxels by patch, crop by canvas."""
   canvas, crop = plain["data"]["canvas"], plain["augment"].get("crop")
   voxels = tuple(crop or (1, *canvas))
   where = "augment.crop" if crop else "data.canvas"
@@ -538,14 +545,20 @@ def _geometry_faults(plain: Mapping[str, Any]) -> list[str]:
   faults += [
       f"augment: {f}" for f in augment.augment_faults(plain["augment"], (1, *canvas))
   ]
-  options = {k: v for k, v in plain["objective"].items() if _stem(k) is None}
-  faults += objective_faults(plain["objective"]["name"], options)
-  if grid_faults(voxels, patch) or not isinstance(plain["objective"]["masks"], Mapping):
-    return faults
-  grid = Grid(voxels, patch)
-  for name, group in plain["objective"].get("masks", {}).items():
-    faults += [f"objective.masks.{name}: {f}" for f in masks.mask_faults(group, grid)]
   return faults
+
+
+def _mask_faults(plain: Mapping[str, Any]) -> list[str]:
+  """Options of the mask groups, their counts against the grid."""
+  try:
+    grid = model_grid(plain)
+  except ValueError:  # reported as a fault of the geometry
+    return []
+  return [
+      f"objective.masks.{name}: {fault}"
+      for name, group in plain["objective"].get("masks", {}).items()
+      for fault in masks.mask_faults(group, grid)
+  ]
 
 
 def _data_faults(plain: Mapping[str, Any]) -> list[str]:
@@ -653,15 +666,14 @@ def _evaluation_faults(
 ) -> list[str]:
   """Splits and batches of evaluators; metrics that no evaluator gives."""
   evals, train, faults = plain["evals"], plain["train"], []
-  splits = plain["data"].get("splits", {})
+  splits = _split_names(plain["data"])
   for name, given in evals.items():
     parameters = inspect.signature(resolve("evals", given["type"])).parameters
     options = {k: p.default for k, p in parameters.items()} | given
     split, rows = options.get("split"), options.get("batch_size", device_count or 1)
-    # The names in a column are known when the manifest has been read.
-    if split and not isinstance(splits, str) and split not in splits:
+    if split and splits is not None and split not in splits:
       faults.append(
-          f"evals.{name}.split: {split!r} is no split of data.splits; it has "
+          f"evals.{name}.split: {split!r} is no split of the data; they have "
           + ", ".join(splits)
       )
     if rows < 1 or rows % (device_count or 1):
@@ -685,12 +697,24 @@ def _evaluation_faults(
   return faults
 
 
-def objective_faults(name: str, options: Mapping[str, Any]) -> list[str]:
+def _split_names(data: Mapping[str, Any]) -> list[str] | None:
+  """Returns the splits' names; None: in a column of a manifest not yet read."""
+  if not isinstance(data["splits"], str):
+    return list(data["splits"])
+  _, _, corpus = data.get("manifest", "").partition("phantom:")
+  if corpus not in PHANTOMS:
+    return None
+  return list(PHANTOMS[corpus].get("patients", phantoms.PATIENTS))
+
+
+def _objective_faults(plain: Mapping[str, Any]) -> list[str]:
   """Asks the objective's own module what is wrong with its options."""
-  package, _ = _PLACES["objective"]
-  module = importlib.import_module(f"{package}.{name}")
-  unit = {k: v for k, v in options.items() if k != "name"}
-  return module.objective_faults(**unit)
+  name = plain["objective"]["name"]
+  known = _parameters(resolve("objective", name))
+  module = importlib.import_module(f"{_PLACES['objective'][0]}.{name}")
+  return module.objective_faults(**{
+      k: v for k, v in plain["objective"].items() if k in known and _stem(k) is None
+  })
 
 
 def _training_faults(

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from vjepa_jax import config as config_lib
 from vjepa_jax.data import pipeline
-from vjepa_jax.data.record import DataError
+from vjepa_jax.data.record import DataError, ReadError
 from vjepa_jax.report import summary
 from vjepa_jax.train import loop, metrics
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     config_lib.check_config(config)
     workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name}")
     train(config, workdir)
-  except (config_lib.ConfigError, DataError) as error:
+  except (config_lib.ConfigError, DataError, ReadError) as error:
     print(error, file=sys.stderr)
     sys.exit(2)
 
@@ -64,6 +64,7 @@ def train(config: Any, workdir: pathlib.Path) -> None:
   Raises:
     ConfigError: if the workdir holds a run of another config.
     DataError: if the data cannot be used.
+    ReadError: if the manifest itself cannot be fetched.
   """
   plain = config_lib.as_plain(config)
   check_continuation(workdir, plain)

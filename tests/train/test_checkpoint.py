@@ -56,6 +56,17 @@ def test_a_state_comes_back_with_its_key_and_the_loops_own_numbers(saved):
   assert saved.config(10) == CONFIG
 
 
+def test_looking_at_a_run_under_way_neither_creates_nor_removes_anything(saved):
+  under_way = pathlib.Path(saved.directory) / "15.orbax-checkpoint-tmp"
+  under_way.mkdir()
+  looked = Checkpoints(saved.directory, keep=None, read_only=True)
+  assert looked.latest_step() == 10 and under_way.exists()
+  Checkpoints(saved.directory / "none", keep=None, read_only=True)
+  assert not (saved.directory / "none").exists()
+  Checkpoints(saved.directory)  # a run that goes on clears what a killed one left
+  assert not under_way.exists()
+
+
 def test_a_process_that_has_saved_nothing_reads_the_same(saved):
   fresh = Checkpoints(saved.directory)
   assert fresh.all_steps() == [5, 10] and fresh.latest_step() == 10

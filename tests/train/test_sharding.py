@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -49,6 +50,40 @@ print(json.dumps({
     "one": losses(1, 1, 1), "data": losses(8, 1, 8), "both": losses(2, 4, 8, accum=2),
 }))
 """
+
+
+EVALUATED = """
+import sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import numpy as np
+from vjepa_jax.train import evaluate, sharding
+
+functions = evaluate.wrap_functions(
+    {"double": lambda params, state, batch: params * batch["volume"]},
+    lambda batch, key, train: batch, sharding.make_mesh())
+out = functions["double"](
+    np.float32(2), np.float32(0), {"volume": np.arange(4, dtype=np.float32)})
+print("got", np.asarray(out).tolist(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_a_common_batch_once():
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
+  processes = [
+      subprocess.Popen(
+          [sys.executable, "-c", EVALUATED, address, str(number)], env=env,
+          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      )
+      for number in range(2)
+  ]
+  for process in processes:
+    out, err = process.communicate(timeout=120)
+    assert "got [0.0, 2.0, 4.0, 6.0]" in out, err
 
 
 @pytest.fixture(scope="module")
