@@ -10,8 +10,9 @@ OCT project; another: `--config.data.filters.device="('zeiss_cirrus',)"`) and fo
 The arms are those of configs/oct_multi.py.
 """
 
-from configs import oct_multi
 import ml_collections
+
+from configs import oct_multi
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -15,6 +15,7 @@ import sys
 from typing import Any
 
 from absl import app, flags, logging
+from etils import epath
 import jax
 from ml_collections import config_flags
 
@@ -36,7 +37,8 @@ _FREE = (
     "train", "evals", "wandb", "data.threads", "data.cache_bytes",
     "data.max_bad_fraction",
 )
-_FIXED_IN_TRAIN = ("batch_size", "accum")
+_FIXED_IN_TRAIN = ("batch_size",)
+_LENGTHS = ("train.total_steps", "train.total_epochs", "train.steps_per_epoch")
 
 
 def main(argv: list[str]) -> None:
@@ -108,23 +110,35 @@ def train(config: Any, workdir: pathlib.Path) -> None:
 
 
 def check_continuation(workdir: pathlib.Path, plain: Mapping[str, Any]) -> None:
-  """Refuses to go on in a workdir that holds a run of another config.
+  """Refuses to go on from the checkpoints of another config.
+
+  A workdir without a checkpoint has nothing to go on from. Another length is
+  allowed, and said: it stretches the schedules from here on.
 
   Raises:
     ConfigError: lists every key that differs and matters.
   """
   path = workdir / "config.json"
-  if not path.exists():
+  saved = plain["train"].get("checkpoint_dir") or workdir / "checkpoints"
+  if not path.exists() or not any(epath.Path(saved).glob("[0-9]*")):
     return
   found, wanted = _flat(json.loads(path.read_text())), _flat(json.loads(json.dumps(plain)))
+  differing = [
+      key for key in sorted(found.keys() | wanted.keys())
+      if found.get(key) != wanted.get(key)
+  ]
   faults = [
       f"{key}: {found.get(key)!r} in {path}, {wanted.get(key)!r} now; name another "
       "--workdir, or the old value"
-      for key in sorted(found.keys() | wanted.keys())
-      if found.get(key) != wanted.get(key) and _matters(key)
+      for key in differing if _matters(key)
   ]
   if faults:
     raise config_lib.ConfigError(plain["name"], faults)
+  for key in set(differing) & set(_LENGTHS):
+    print(
+        f"{key}: was {found.get(key)!r}, is {wanted.get(key)!r}; learning rate and "
+        "momentum follow the new length from here on"
+    )
 
 
 def format_data(report: Mapping[str, Any]) -> str:

@@ -110,6 +110,18 @@ def test_a_file_of_two_participants_is_an_error_that_names_both(write):
     m.read_manifest(write([line(), line(person="1002")]))
 
 
+def test_a_class_named_none_is_a_class_and_an_empty_cell_is_not(write):
+  head = ["participant_id", "filepath", "finding"]
+  cells = ["none", "drusen", "", "NaN", "n/a"]
+  rows = m.read_manifest(write([
+      {"participant_id": str(n), "filepath": f"{n}.dcm", "finding": cell}
+      for n, cell in enumerate(cells)
+  ], head=head), label="finding").rows
+  assert [r.label for r in rows] == ["none", "drusen", None, None, None]
+  assert m.label_names(rows) == ("drusen", "none")
+  assert m.count(rows, "label") == {"unlabelled": 3, "drusen": 1, "none": 1}
+
+
 def test_labels_splits_and_sites_come_from_participants(write):
   people = write([
       {"participant_id": "1001", "study_group": "healthy", "recommended_split": "train",

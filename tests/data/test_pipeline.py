@@ -146,6 +146,20 @@ def test_above_max_bad_fraction_the_run_stops_with_reasons_and_first_paths(
   assert len(log.read_text().splitlines()) == 4
 
 
+@pytest.mark.parametrize("validate", ["read", "lazy"])
+def test_a_device_that_loses_too_much_stops_the_run_though_the_mean_is_small(
+    write_corpus, validate
+):
+  # Files of odd number are the Triton's: 5 of its 20, 5 of 40 in all.
+  manifest = write_corpus(people=20, broken=dict.fromkeys(range(1, 11, 2), "truncated"))
+  options = dict(validate=validate, splits=FRACTIONS)
+  with pytest.raises(DataError, match="5 of the 20 of topcon_triton.* 5 truncated"):
+    data = opened(manifest, max_bad_fraction=0.2, **options)
+    for volumes in data.splits.values():
+      list(eval_batches(volumes, 4))
+  opened(manifest, max_bad_fraction=0.25, **options)
+
+
 def test_bad_files_are_found_in_the_order_of_the_manifest_whatever_the_threads(
     write_corpus, tmp_path
 ):

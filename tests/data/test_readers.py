@@ -249,6 +249,46 @@ def test_radial_frames_are_told_from_a_raster(dicom):
   assert record.meta["geometry"] == "radial" and np.isnan(record.spacing[1])
 
 
+def corner(x, y):
+  return {"PlanePositionSequence": {"ImagePositionPatient": [x, 0, y]}}
+
+
+@pytest.mark.parametrize("places", [
+    [(np.cos(a), np.sin(a)) for a in np.arange(12) * np.pi / 12],  # radial frames
+    [(0, 0), (0, 0.1), (0, 0), (0, 0.1)],  # two places in turn
+])
+def test_equal_steps_that_do_not_follow_one_line_are_no_pitch(dicom, places):
+  frames = [corner(round(float(x), 4), round(float(y), 4)) for x, y in places]
+  dataset = dicom.dataset(
+      dicom.volume((len(places), 8, 10)), SliceThickness=0.1,
+      **groups(dicom, frames, measures(0.004, 0.012)),
+  )
+  record = read(dicom, dataset)
+  assert np.isnan(record.spacing[1])
+  assert record.meta["spacing_source"] == "shared+varies"
+
+
+@pytest.mark.parametrize("order, pitch", [
+    ((0, 1, 2, 3), 0.1), ((3, 2, 1, 0), 0.1), ((0, 1, 0, 1), NAN),
+])
+def test_the_pitch_of_fundus_lines_needs_one_direction(dicom, order, pitch):
+  dataset = dicom.dataset(
+      dicom.volume((4, 8, 10)),
+      **groups(dicom, [line(10.0 + n) for n in order], measures(0.004, 1.1)),
+  )
+  dz = read(dicom, dataset).spacing[1]
+  np.testing.assert_allclose(dz, pitch, rtol=1e-5)
+
+
+def test_a_little_motion_of_the_eye_leaves_the_pitch(dicom):
+  sideways = np.random.default_rng(0).normal(0, 0.01, 12)
+  frames = [corner(round(float(s), 4), 0.1 * i) for i, s in enumerate(sideways)]
+  dataset = dicom.dataset(
+      dicom.volume((12, 8, 10)), **groups(dicom, frames, measures(0.004, 0.012))
+  )
+  np.testing.assert_allclose(read(dicom, dataset).spacing[1], 0.1, rtol=0.02)
+
+
 def test_anatomy_is_kept_and_the_name_is_not(dicom):
   shared = {"FrameAnatomySequence": {
       "FrameLaterality": "L", "AnatomicRegionSequence": {"CodeMeaning": "Macula"},
@@ -392,6 +432,17 @@ def test_arrays_are_read_with_their_spacing(tmp_path):
   assert reason(data.read, str(tmp_path / "flat.npy")) == "unsupported_format"
   (tmp_path / "c.npy").write_bytes((tmp_path / "b.npy").read_bytes()[:-9])
   assert reason(data.read, str(tmp_path / "c.npy")) == "truncated"
+
+
+@pytest.mark.parametrize("spacing", [
+    [0.1, -0.2, 0.3], [0.1, 0.2], 0.1, ["a", "b", "c"],
+])
+def test_an_array_of_impossible_spacing_is_one_bad_file(tmp_path, spacing):
+  path = str(tmp_path / "a.npz")
+  np.savez(path, volume=np.arange(24, dtype=np.uint8).reshape(2, 3, 4), spacing=spacing)
+  with pytest.raises(ReadError, match="dz, dy, dx") as caught:
+    data.read(path)
+  assert caught.value.reason == "bad_header"
 
 
 @pytest.mark.parametrize("name, shape, dtype, spacing, source", [

@@ -109,17 +109,18 @@ def test_broken_files_are_counted_named_and_not_replaced(unbroken):
   assert len(table) == 4 and all(len(row.split("\t")) == 3 for row in table)
 
 
-@pytest.mark.parametrize("seed", [0])
 def test_killed_at_a_random_step_and_run_again_equals_the_unbroken_run(
-    environment, unbroken, tmp_path, seed
+    environment, unbroken, tmp_path
 ):
-  fatal = random.Random(seed).randint(5, 11)
+  fatal = random.SystemRandom().randint(5, 11)
+  print(f"killed once step {fatal} was logged")
   process = subprocess.Popen(
       command(tmp_path), env=environment, cwd=ROOT,
       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
   )
   deadline = time.monotonic() + 300
-  while not any(line["step"] >= fatal for line in metrics.read(tmp_path)):
+  saved = tmp_path / "checkpoints" / "4"  # under this name only once complete
+  while not saved.exists() or metrics.read(tmp_path)[-1]["step"] < fatal:
     assert process.poll() is None, "the run ended before it was killed"
     assert time.monotonic() < deadline
     time.sleep(0.01)
@@ -150,9 +151,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(environment, unbroken, tmp_p
 def test_accumulation_of_four_equals_one_large_batch(environment, unbroken, tmp_path):
   done = run(environment, tmp_path, "--config.train.accum=4")
   assert done.returncode == 0, done.stdout + done.stderr
-  for a, b in zip(comparable(unbroken), comparable(tmp_path), strict=True):
-    if "loss" in a:
-      np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+  assert largest_difference(unbroken, tmp_path) < 1e-6
 
 
 def test_one_device_equals_eight(environment, unbroken, tmp_path):
@@ -161,9 +160,14 @@ def test_one_device_equals_eight(environment, unbroken, tmp_path):
       eight, tmp_path, "--config.train.mesh_fsdp=2", "--config.train.fsdp_min_size=256"
   )
   assert done.returncode == 0, done.stdout + done.stderr
-  for a, b in zip(comparable(unbroken), comparable(tmp_path), strict=True):
-    if "loss" in a:
-      np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+  assert largest_difference(unbroken, tmp_path) < 1e-6
+
+
+def largest_difference(one, other):
+  """Largest relative difference of the training losses of two runs."""
+  losses = lambda workdir: [a["loss"] for a in comparable(workdir) if "loss" in a]
+  pairs = zip(losses(one), losses(other), strict=True)
+  return max(abs(a - b) / a for a, b in pairs)
 
 
 def test_a_workdir_of_another_config_is_not_continued(environment, unbroken):

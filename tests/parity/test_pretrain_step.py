@@ -9,7 +9,8 @@ import pytest
 
 from vjepa_jax import config as config_lib
 from vjepa_jax.backbones import vit
-from vjepa_jax.interop import engine, vjepa as names
+from vjepa_jax.interop import engine
+from vjepa_jax.interop import vjepa as names
 from vjepa_jax.objectives import vjepa
 from vjepa_jax.train import optim, schedules
 from vjepa_jax.volumes.masks import Split

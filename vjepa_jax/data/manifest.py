@@ -25,6 +25,9 @@ FIELDS = (
     "participant", "device", "region", "imaging", "laterality", "geometry", "site"
 )
 _NONE = ("", "nan", "none", "null", "n/a", "na")
+# "none" is what a class without a finding is often called.
+_NO_LABEL = tuple(name for name in _NONE if name != "none")
+_UNLABELLED = "unlabelled"
 _VARIES = "varies by frame"
 
 
@@ -42,7 +45,8 @@ class Row:
     geometry: "raster", "radial", ... from a column; else "line" (one frame),
       "varying" (pixel_spacing says so) or "raster".
     site: from a `site` or `clinical_site` column; else "unknown".
-    label: name of the class, or None.
+    label: name of the class ("none" is one), or None where the cell is empty,
+      nan, null or n/a.
     split: from a split column, or "".
     spacing: (dz, dy, dx) in mm of the manifest, NaN where not given.
   """
@@ -97,7 +101,8 @@ def read_manifest(
       serve where the manifest lacks them.
     split: column with the split, here or in `participants`.
     filters: keep only rows whose field has one of these values; fields are
-      participant, device, region, imaging, laterality, geometry, site, label.
+      participant, device, region, imaging, laterality, geometry, site, label
+      ("unlabelled" where there is none).
     exclude: drop rows whose field has one of these values.
     columns: {column this library knows: its name in this file}.
 
@@ -219,7 +224,7 @@ def check_disjoint(
 
 
 def count(rows: Iterable[Row], field: str) -> dict[str, int]:
-  """Counts the rows by a field, most frequent first; no label counts as "none"."""
+  """Counts the rows by a field, most frequent first; no label is "unlabelled"."""
   found = collections.Counter(_value(row, field) for row in rows)
   return dict(sorted(found.items(), key=lambda kv: (-kv[1], kv[0])))
 
@@ -293,6 +298,7 @@ def _to_row(
     return ""
 
   path = get("filepath")
+  name = cells.get(columns.get(label, label), "") if label else ""
   row = Row(
       path=storage.join(root, path) if path else "",
       participant=get("participant_id"),
@@ -302,7 +308,7 @@ def _to_row(
       laterality=get("laterality") or "unknown",
       geometry=get("geometry") or _geometry_of(get),
       site=get("site", "clinical_site") or "unknown",
-      label=(get(label) or None) if label else None,
+      label=None if name.lower() in _NO_LABEL else name,
       split=get(split) if split else "",
       spacing=_spacing_of(get("pixel_spacing"), get("slice_thickness")),
   )
@@ -356,7 +362,7 @@ def _number(text: str) -> float | None:
 
 def _value(row: Row, field: str) -> str:
   value = getattr(row, field)
-  return "none" if value is None else value
+  return _UNLABELLED if value is None else value
 
 
 def _check_fields(fields: Iterable[str], what: str):

@@ -255,7 +255,8 @@ def open_data(
     max_voxels: cap on a recording, before decoding and before resampling.
     validate: "read" reads every file before the start; "lazy" finds bad files
       while training and skips them.
-    max_bad_fraction: above this share of bad files there is no run.
+    max_bad_fraction: above this share of bad files there is no run; it holds for
+      all files together and for each device that has at least 20.
     cache: "memory" keeps canvases up to cache_bytes, "none" reads each time, a
       local folder keeps them as ArrayRecord shards for later runs.
     cache_bytes: for "memory".
@@ -286,8 +287,8 @@ def open_data(
       modalities=None if modalities is None else tuple(modalities), colour=colour,
       min_size=tuple(min_size), max_voxels=max_voxels,
   )
-  total = sum(map(len, parts.values()))
-  ledger = _Ledger(total, max_bad_fraction, validate == "lazy", quarantine)
+  devices = collections.Counter(r.device for rows in parts.values() for r in rows)
+  ledger = _Ledger(devices, max_bad_fraction, validate == "lazy", quarantine)
   files = _Files(transform, ledger, cache_bytes if cache == "memory" else 0)
   labels = manifest_lib.label_names(row for rows in parts.values() for row in rows)
   if cache not in ("memory", "none"):
@@ -422,9 +423,14 @@ class _Ledger:
   """What was tried, what was bad and why; shared by splits and threads."""
 
   def __init__(
-      self, total: int, max_bad_fraction: float, lazy: bool, path: str | None
+      self,
+      files: Mapping[str, int],
+      max_bad_fraction: float,
+      lazy: bool,
+      path: str | None,
   ):
-    self._total = total
+    self._files = dict(files)  # {device: files in all}
+    self._total = sum(files.values())
     self._max = max_bad_fraction
     self._lazy = lazy
     self._write_each = lazy
@@ -521,14 +527,23 @@ class _Ledger:
     # A full reading is judged against all files, a lazy one against those tried.
     base = tried if self._lazy else self._total
     soon = self._lazy and tried < min(_MIN_ATTEMPTS, self._total)
-    too_many = len(self._bad) > self._max * base and not soon
-    if not too_many:
-      return
+    where = ""
+    if len(self._bad) <= self._max * base or soon:
+      # One device may be lost whole while the others hide it in the mean.
+      where = next((
+          f" ({bad} of the {self._files[device]} of {device})"
+          for device, bad in self._devices.items()
+          if self._files[device] >= _MIN_ATTEMPTS
+          and bad > self._max * self._files[device]
+      ), "")
+      if not where:
+        return
     if self._path:
       self._write()
     raise DataError(
-        f"{len(self._bad)} of {tried} files read are bad, more than "
-        f"max_bad_fraction {self._max:g}: {_reasons(self._bad.values())}"
+        f"{len(self._bad)} of {tried} files read are bad{where}, more than "
+        f"max_bad_fraction {self._max:g}: {_reasons(self._bad.values())}. Mend them, "
+        "leave them out of the manifest, or raise max_bad_fraction"
     )
 
   def _write(self):

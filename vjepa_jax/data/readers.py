@@ -24,6 +24,9 @@ MAX_VOXELS = 2**30
 _INSTALL = "pip install \"vjepa_jax[codecs]\""
 # Frames closer to even than this share one pitch; above it, dz is unknown.
 _PITCH_TOLERANCE = 0.1
+# Way as the crow flies over way along the frames: 1 for a raster, less where the
+# eye moved, 0.64 for the corners of radial frames over half a turn.
+_STRAIGHT = 0.9
 _IN_PLANE_TOLERANCE = 0.02
 Spacing = tuple[float, float, float]
 
@@ -479,17 +482,16 @@ def _pitch(
     dataset: pydicom.Dataset, manifest: Spacing, dx: float, invalid: list[str]
 ) -> tuple[float, str, str]:
   """Returns (dz, its origin, scan geometry or "")."""
-  geometry = ""
+  lines = _frame_lines(dataset)
+  geometry = "" if lines is None else _scan_geometry(lines)
+  if geometry not in ("", "raster"):  # Their corners may lie evenly all the same.
+    return math.nan, "not_raster", geometry
   steps = _position_steps(dataset)
   if steps is not None and not steps.any():
     invalid.append("ImagePositionPatient equal in all frames")
   elif steps is not None:
     return *_even(steps, "positions"), geometry
-  lines = _frame_lines(dataset)
   if lines is not None:
-    geometry = _scan_geometry(lines)
-    if geometry != "raster":
-      return math.nan, "not_raster", geometry
     steps = _line_steps(lines, dx * (int(dataset.Columns) - 1))
     if np.isfinite(steps).all() and steps.any():
       return *_even(steps, "frame_location"), geometry
@@ -510,17 +512,29 @@ def _pitch(
 def _even(steps: np.ndarray, origin: str) -> tuple[float, str]:
   """Returns the common step, or NaN where the frames are not evenly spaced."""
   middle = float(np.median(steps))
-  if middle <= 0 or (np.abs(steps - middle) > _PITCH_TOLERANCE * middle).any():
-    return math.nan, "varies"
-  return middle, origin
+  # Written so that NaN is not even.
+  if middle and (np.abs(steps - middle) <= _PITCH_TOLERANCE * abs(middle)).all():
+    return abs(middle), origin
+  return math.nan, "varies"
 
 
 def _position_steps(dataset: pydicom.Dataset) -> np.ndarray | None:
-  """Returns |difference of ImagePositionPatient| of successive frames in mm."""
+  """Returns how far each frame lies from the one before, in mm.
+
+  Negative where frames turn back; NaN where they do not follow one line, as in
+  radial scans, whose corners step evenly along a circle.
+  """
   places = _per_frame(dataset, "PlanePositionSequence", "ImagePositionPatient", 3)
   if places is None:
     return None
-  return np.linalg.norm(np.diff(places, axis=0), axis=1)
+  steps = np.diff(places, axis=0)  # [Z - 1, 3]
+  lengths = np.linalg.norm(steps, axis=1)
+  longest = steps[lengths.argmax()]
+  signs = np.where(steps @ longest < 0, -1.0, 1.0)
+  straight = np.linalg.norm((signs[:, None] * steps).sum(axis=0)) / max(
+      lengths.sum(), np.finfo(float).tiny
+  )
+  return signs * lengths if straight > _STRAIGHT else signs * math.nan
 
 
 def _frame_lines(dataset: pydicom.Dataset) -> np.ndarray | None:
@@ -556,12 +570,12 @@ def _scan_geometry(lines: np.ndarray) -> str:
 
 
 def _line_steps(lines: np.ndarray, width_mm: float) -> np.ndarray:
-  """Returns frame steps in mm, scaled by a frame's own length on the fundus."""
+  """Returns signed frame steps in mm, scaled by a frame's length on the fundus."""
   along = lines[0, 1] - lines[0, 0]
   length = np.linalg.norm(along)
   normal = np.array([-along[1], along[0]]) / length
   middle = lines.mean(axis=1) @ normal  # [Z]
-  return np.abs(np.diff(middle)) * width_mm / length
+  return np.diff(middle) * width_mm / length
 
 
 def _anatomy(dataset: pydicom.Dataset) -> dict[str, str]:
@@ -618,9 +632,21 @@ def _read_array(
   if spacing is None:
     spacing = manifest_spacing or (math.nan,) * 3
     origin = "manifest" if np.isfinite(spacing).any() else "missing"
-  full = np.full(4, np.nan, np.float32)
-  full[1:] = np.asarray(spacing, np.float32)
   return Record(
-      volume if volume.ndim == 5 else volume[None, ..., None], full, path,
-      meta={"spacing_source": origin},
+      volume if volume.ndim == 5 else volume[None, ..., None],
+      _array_spacing(spacing, path), path, meta={"spacing_source": origin},
   )
+
+
+def _array_spacing(spacing: Any, path: str) -> np.ndarray:
+  """Returns (dt, dz, dy, dx) of an array's spacing; NaN stays unknown."""
+  try:
+    lengths = np.asarray(spacing, np.float32)
+  except (TypeError, ValueError):
+    lengths = np.empty(0)
+  if lengths.shape != (3,) or not (np.isnan(lengths) | (lengths > 0)).all():
+    raise ReadError(
+        path, "bad_header", f"spacing is {spacing!r}",
+        "store (dz, dy, dx) in mm, above 0, NaN where unknown",
+    )
+  return np.array([math.nan, *lengths], np.float32)

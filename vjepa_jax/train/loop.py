@@ -23,6 +23,9 @@ from vjepa_jax.train.optim import Optimizer
 from vjepa_jax.train.state import Augment, TrainState, init_state
 from vjepa_jax.train.step import make_train_step
 
+# Share of the time spent in waiting for data above which a log line says so.
+_MAX_DATA_WAIT = 0.2
+
 
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
@@ -285,6 +288,13 @@ def _log(s: _Session, state: TrainState, step: int) -> None:
         "changed, which costs a compilation each time"
     )
   line |= s.clock.rates(s.options.batch_size, s.options.tokens_per_volume)
+  if line["data_wait"] > _MAX_DATA_WAIT:
+    s.writer.say(
+        f"step {step}: {line['data_wait']:.0%} of the time went into waiting for data; "
+        "read with more threads, or from shards"
+    )
+  if line["grad_norm"] == 0:
+    s.writer.say(f"step {step}: the gradient is exactly 0; nothing is being learned")
   s.writer.write(step, line)
   s.writer.say(metrics_lib.format_line(step, s.options.total_steps, line))
 
