@@ -163,9 +163,12 @@ def test_a_run_may_go_on_with_more_threads_and_more_bad_files_but_not_other_data
   plain = config_lib.as_plain(load("oct_multi", "sample"))
   (tmp_path / "config.json").write_text(json.dumps(plain))
   data = {**plain["data"], "threads": 9, "max_bad_fraction": 0.5}
+  other = {**plain, "data": {**data, "resample": "fov"}}
+  main.check_continuation(tmp_path, other)  # no checkpoint: nothing to go on from
+  (tmp_path / "checkpoints" / "200").mkdir(parents=True)
   main.check_continuation(tmp_path, {**plain, "data": data})
   with pytest.raises(config_lib.ConfigError, match="data.resample"):
-    main.check_continuation(tmp_path, {**plain, "data": {**data, "resample": "fov"}})
+    main.check_continuation(tmp_path, other)
 
 
 def test_voxels_that_the_patch_does_not_divide_name_the_axis_and_the_nearest():
