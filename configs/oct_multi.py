@@ -69,16 +69,26 @@ def full() -> ml_collections.ConfigDict:
   c.data = dict(
       manifest="",  # --config.data.manifest=; gs:// or local
       root="",  # what filepath is joined to; default: the manifest's folder
-      canvas=(64, 384, 384),  # seed
-      resample="resize",  # each device's whole field of view
-      filters=dict(device=(), region=(), imaging=()),
-      splits=dict(train=0.9, validation=0.1),  # by participant; seed: 10 % by file
-      label="",  # a column of the manifest; without it there is no probe
       participants="",  # a table joined on participant_id
+      label="",  # a column of either; without it there is no probe
+      filters=nothing(),  # values to keep
+      exclude=nothing(),  # values to drop
+      max_records=0,  # the first so many; 0: all
+      splits=dict(train=0.9, validation=0.1),  # by participant; seed: 10 % by file
+      split_column="",  # in place of shares: a column that names the split
+      stratify=("device", "label"),
+      modalities=("OPT",),
+      colour="reject",  # or "luminance"
+      max_voxels=2**30,
+      canvas=(64, 384, 384),  # seed
+      resample="resize",  # each device's whole field of view; "fov", "spacing"
+      fov_mm=(6.0, 2.0, 6.0),
+      spacing_mm=(0.05, 0.02, 0.02),  # seed
+      dtype="uint8",
       max_bad_fraction=0.2,  # the seed's project met 10-20 % of broken files
-      max_records=0,
       validate="lazy",
       cache="none",  # a folder keeps the canvases as shards for later runs
+      cache_bytes=4 << 30,
       threads=8,
   )
   c.augment = dict(
@@ -165,10 +175,17 @@ def full() -> ml_collections.ConfigDict:
   return c
 
 
+def nothing() -> dict[str, tuple[str, ...]]:
+  """Returns the fields of a recording that may be filtered, each without a value."""
+  fields = (
+      "device", "region", "imaging", "laterality", "geometry", "site", "participant"
+  )
+  return {field: () for field in fields}
+
+
 def literal(c: ml_collections.ConfigDict) -> None:
   """Sets the numbers and choices of the OCT project's own plan."""
   c.data.resample = "spacing"
-  c.data.spacing_mm = (0.05, 0.02, 0.02)
   c.augment.shift = (0.0, 5.0, 5.0, 5.0)
   c.augment.scale = (0.0, 0.05, 0.05, 0.05)
   c.augment.rotate = 0.1  # rad
@@ -217,8 +234,7 @@ def sample(c: ml_collections.ConfigDict) -> None:
   """The embedded corpus; settings measured to learn on two cores in minutes."""
   c.data.manifest = "phantom:oct"
   c.data.canvas = (18, 72, 104)
-  del c.data.splits
-  c.data.splits = "split"  # the corpus names its own, in this column
+  c.data.split_column = "split"
   c.data.label = "pathology"
   c.data.validate = "read"
   c.data.cache = "memory"

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from vjepa_jax import config as config_lib
@@ -264,3 +265,37 @@ def test_an_unknown_override_names_the_closest_key(tmp_path):
       cwd=ROOT, capture_output=True, text=True, timeout=120,
   )
   assert done.returncode != 0 and "batch_size" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("key,value,said", [
+    ("cache", "/tmp/canvases", "needs data.validate=read"),
+    ("max_records", -1, "must not be negative"),
+    ("canvas", (64, 384), "three numbers"),
+    ("fov_mm", (6.0, 0.0, 6.0), "above 0"),
+    ("colour", "rainbow", "none of reject, luminance"),
+    ("stratify", ("devise",), "closest: device"),
+])
+def test_contradictions_of_the_data_section_are_found_before_reading(key, value, said):
+  config = load("oct_multi")
+  with config.unlocked():
+    config.data.manifest = "m.tsv"
+    config.data[key] = value
+  assert any(f"data.{key}" in f and said in f for f in faults_of(config))
+
+
+def test_a_recording_of_fewer_voxels_than_a_patch_is_quarantined(tmp_path):
+  manifest = tmp_path / "manifest.tsv"
+  rows = ["participant_id\tfilepath"]
+  rng = np.random.default_rng(0)
+  for person, frames in enumerate((8, 8, 3)):
+    np.save(tmp_path / f"{person}.npy", rng.integers(0, 255, (frames, 32, 48), np.uint8))
+    rows.append(f"{person}\t{person}.npy")
+  manifest.write_text("\n".join(rows) + "\n")
+  plain = config_lib.as_plain(load("oct_multi", "tiny"))
+  plain["data"] |= dict(
+      manifest=str(manifest), split_column="", max_bad_fraction=0.5, label="",
+      splits=dict(train=0.5, validation=0.5),
+  )
+  data = config_lib.open_data(plain, say=lambda text: None)
+  assert [bad.reason for bad in data.quarantine] == ["too_small"]
+  assert data.quarantine[0].path.endswith("2.npy")

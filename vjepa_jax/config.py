@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from vjepa_jax.data import manifest as manifest_lib
 from vjepa_jax.data import ops, phantoms, pipeline
 from vjepa_jax.train import evaluate, loop, optim, schedules, sharding
 from vjepa_jax.volumes import augment, masks
@@ -258,6 +259,10 @@ def open_data(
     say: gets a line now and then while data are read.
   """
   section = _given(plain["data"])
+  if column := section.pop("split_column", ""):
+    section["splits"] = column
+  # A recording of fewer voxels than a patch would be made up by resampling.
+  section.setdefault("min_size", tuple(plain["model"]["patch"][1:]))
   if section["manifest"].startswith("phantom:"):
     section["manifest"] = phantom_manifest(section["manifest"], say)
 
@@ -484,7 +489,8 @@ def _section_faults(plain: Mapping[str, Any]) -> tuple[list[str], set[str]]:
 def _keywords(section: str, options: Mapping[str, Any]) -> dict[str, bool]:
   """Returns {keyword: whether it must be given} of the unit behind a section."""
   if section == "data":
-    return _without(_parameters(pipeline.open_data), "seed", "quarantine", "progress")
+    known = _without(_parameters(pipeline.open_data), "seed", "quarantine", "progress")
+    return {**known, "split_column": False}
   if section == "augment":
     return _parameters(augment.make_augment)
   if section == "optimizer":
@@ -587,8 +593,31 @@ def _data_faults(plain: Mapping[str, Any]) -> list[str]:
     faults.append(f"data.threads: {data['threads']} must be at least 1")
   if not 0 <= data.get("max_bad_fraction", 0.0) <= 1:
     faults.append(f"data.max_bad_fraction: {data['max_bad_fraction']} is not in [0, 1]")
+  if data.get("cache", "none") not in ("memory", "none"):
+    if data.get("validate", "read") == "lazy":
+      faults.append(
+          f"data.cache: {data['cache']!r} is filled before step 1; it needs "
+          "data.validate=read"
+      )
+    if "://" in data["cache"]:
+      faults.append(f"data.cache: {data['cache']!r} must be a local folder")
+  for key in ("max_records", "cache_bytes", "max_voxels"):
+    if data.get(key, 0) < 0:
+      faults.append(f"data.{key}: {data[key]} must not be negative")
+  for key in ("canvas", "fov_mm", "spacing_mm"):
+    if key in data and (len(data[key]) != 3 or min(data[key]) <= 0):
+      faults.append(f"data.{key}: {data[key]} must be three numbers (Z, Y, X) above 0")
+  if data.get("colour", "reject") not in ("reject", "luminance"):
+    faults.append(f"data.colour: {data['colour']!r} is none of reject, luminance")
+  fields = {f.name for f in dataclasses.fields(manifest_lib.Row)}
+  for key in ("filters", "exclude", "stratify"):
+    faults += [
+        f"data.{key}: no field {field!r} of a recording; closest: "
+        f"{_closest(field, fields)}"
+        for field in data.get(key, ()) if field not in fields
+    ]
   splits = data.get("splits", {})
-  if not isinstance(splits, str):
+  if not data.get("split_column"):
     shares = ", ".join(f"{k} {v}" for k, v in splits.items()) or "none"
     if "train" not in splits or min(splits.values()) <= 0:
       faults.append(f"data.splits: {shares}; needs train, and shares above 0")
@@ -699,7 +728,7 @@ def _evaluation_faults(
 
 def _split_names(data: Mapping[str, Any]) -> list[str] | None:
   """Returns the splits' names; None: in a column of a manifest not yet read."""
-  if not isinstance(data["splits"], str):
+  if not data.get("split_column"):
     return list(data["splits"])
   _, _, corpus = data.get("manifest", "").partition("phantom:")
   if corpus not in PHANTOMS:

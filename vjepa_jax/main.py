@@ -79,31 +79,33 @@ def train(config: Any, workdir: pathlib.Path) -> None:
     print(format_data(data.report))
   held_out = data.splits.get("validation")
   threads = plain["data"].get("threads", 2)
-  state = loop.run(
-      objective=experiment.objective,
-      optimizer=experiment.optimizer,
-      augment=experiment.augment,
-      train_iterator=pipeline.train_iterator(
-          data.splits["train"],
-          batch_size=options.batch_size // jax.process_count(),
-          seed=config.seed,
-          threads=threads,
-          shard=(jax.process_index(), jax.process_count()),
-      ),
-      workdir=workdir,
-      options=options,
-      config=plain,
-      seed=config.seed,
-      mesh=experiment.mesh,
-      eval_batches=held_out and (
-          lambda: pipeline.eval_batches(held_out, options.batch_size, threads=threads)
-      ),
-      evaluators=experiment.evaluators,
-  )
-  del state
-  if jax.process_index() == 0:
+  try:
+    loop.run(
+        objective=experiment.objective,
+        optimizer=experiment.optimizer,
+        augment=experiment.augment,
+        train_iterator=pipeline.train_iterator(
+            data.splits["train"],
+            batch_size=options.batch_size // jax.process_count(),
+            seed=config.seed,
+            threads=threads,
+            shard=(jax.process_index(), jax.process_count()),
+        ),
+        workdir=workdir,
+        options=options,
+        config=plain,
+        seed=config.seed,
+        mesh=experiment.mesh,
+        eval_batches=held_out and (
+            lambda: pipeline.eval_batches(held_out, options.batch_size, threads=threads)
+        ),
+        evaluators=experiment.evaluators,
+    )
+  finally:
     # Lazy reading learns of bad files on the way.
-    _write_json(workdir / "data_report.json", data.report)
+    if jax.process_index() == 0:
+      _write_json(workdir / "data_report.json", data.report)
+  if jax.process_index() == 0:
     report = summary.write_report(workdir, metrics.read(workdir))
     print(summary.format_report(report))
     print(f"figures, report and checkpoints are in {workdir}")
@@ -150,8 +152,13 @@ def format_data(report: Mapping[str, Any]) -> str:
         f"{name}: {split['records']} volumes of {split['participants']} participants "
         f"({devices})"
     )
-  lost = {**report["lost"], **report["quarantine"]}
-  lines.append("lost: " + (", ".join(f"{k} {n}" for k, n in lost.items()) or "nothing"))
+  tally = lambda counts: ", ".join(f"{k} {n}" for k, n in counts.items()) or "none"
+  lines.append(f"left out by the manifest and its filters: {tally(report['lost'])}")
+  bad = f"quarantined: {tally(report['quarantine'])}"
+  if report["quarantine"]:
+    bad += f"; by device: {tally(report['quarantine_device'])}"
+  lines.append(bad)
+  lines.append(f"spacing from: {tally(report['spacing_source'])}")
   return "\n".join(lines)
 
 

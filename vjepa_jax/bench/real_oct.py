@@ -112,6 +112,7 @@ def run(pullback: Pullback, seed: int, steps: int) -> dict[str, float]:
   """Trains one seed and returns R2 (lumen, cap) and AUC (lipid) of every probe."""
   plain = config_lib.as_plain(config_lib.load("configs/oct_multi.py:sample"))
   plain["model"]["patch"] = PATCH
+  plain["optimizer"]["warmup_steps"] = min(50, steps // 2)
   length = dict(total_steps=steps, steps_per_epoch=1)
   objective = config_lib.build_objective(plain, **length)
   optimizer = config_lib.build_optimizer(

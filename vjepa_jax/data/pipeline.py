@@ -527,8 +527,12 @@ class _Ledger:
     # A full reading is judged against all files, a lazy one against those tried.
     base = tried if self._lazy else self._total
     soon = self._lazy and tried < min(_MIN_ATTEMPTS, self._total)
+    # A share found on the way is a sample of the whole: three standard errors.
+    margin = 0.0
+    if self._lazy and tried < self._total:
+      margin = 3 * (self._max * (1 - self._max) * tried) ** 0.5
     where = ""
-    if len(self._bad) <= self._max * base or soon:
+    if len(self._bad) <= self._max * base + margin or soon:
       # One device may be lost whole while the others hide it in the mean.
       where = next((
           f" ({bad} of the {self._files[device]} of {device})"

@@ -21,7 +21,7 @@ from vjepa_jax.data import storage
 from vjepa_jax.data.manifest import Row
 from vjepa_jax.data.record import DataError, Record
 
-_VERSION = "1.0.0"
+_VERSION = "1.0.1"
 _NOTES = "notes.json"
 _SHARD_BYTES = 512 << 20
 
