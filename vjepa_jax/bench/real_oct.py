@@ -36,6 +36,8 @@ _STEPS = flags.DEFINE_integer("steps", 1000, "Optimiser steps.")
 
 VOXELS, PATCH, BATCH = (1, 16, 96, 96), (1, 4, 12, 12), 16
 TRAIN, FAR, NEAR = ((0, 64), (104, 125)), ((130, 186),), ((70, 100),)
+SPLITS = {"train": TRAIN, "far": FAR, "near": NEAR}
+QUESTIONS = (("far", "lumen"), ("near", "lumen"), ("near", "cap"), ("near", "lipid"))
 # Corners of the windows that together cover 120 x 120 of a frame of 125 x 125.
 CORNERS = [(y, x) for y in (0, 24) for x in (0, 24)]
 TISSUES = {"lumen": 1, "cap": 2, "lipid": 4}
@@ -135,10 +137,6 @@ def run(pullback: Pullback, seed: int, steps: int) -> dict[str, float]:
   trained = {name: encode(state, batch) for name, (batch, _) in looked_at.items()}
   loss = float(metrics["loss"][0] / metrics["loss"][1])
   return {"seed": seed, "loss": loss, **scores(pullback, looked_at, untrained, trained)}
-
-
-SPLITS = {"train": TRAIN, "far": FAR, "near": NEAR}
-QUESTIONS = (("far", "lumen"), ("near", "lumen"), ("near", "cap"), ("near", "lipid"))
 
 
 def encode_windows(features, unit_augment, state, batch) -> np.ndarray:
