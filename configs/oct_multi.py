@@ -103,26 +103,33 @@ def full() -> ml_collections.ConfigDict:
       preset="base",
       patch=(1, 4, 16, 16),  # seed
       heads=placeholder(int),
+      class_token=False,
       positions="rope",
       rope_base=10000.0,  # V-JEPA 2
+      rope_units="index",  # "mm" wants rope_reference and the spacing of every file
+      rope_reference=placeholder(tuple),  # (s, mm, mm, mm) that count as one step
+      drop_path=0.0,
       attention="chunked",
       remat="attention",
       dtype="bfloat16",
   )
   c.objective = dict(
       name="vjepa",
-      masks=dict(  # V-JEPA 2's two groups; counts: its mean at batch 24 a host
+      # V-JEPA 2's two groups; counts: its mean at batch 24 a host. prior="foreground"
+      # centres blocks on tissue.
+      masks=dict(
           short=dict(
               kind="blocks", count=8, spatial_scale=0.15, depth_scale=1.0,
-              aspect=(0.75, 1.5), context=0.25, target=0.48,
+              aspect=(0.75, 1.5), context=0.25, target=0.48, prior="uniform",
           ),
           long=dict(
               kind="blocks", count=2, spatial_scale=0.7, depth_scale=1.0,
-              aspect=(0.75, 1.5), context=0.066, target=0.7,
+              aspect=(0.75, 1.5), context=0.066, target=0.7, prior="uniform",
           ),
       ),
       predictor=dict(
-          kind="transformer", width=384, depth=12, attention="chunked",
+          kind="transformer", width=384, depth=12, rope_units="index",
+          rope_reference=placeholder(tuple), attention="chunked",
           remat="attention", dtype="bfloat16",
       ),
       target_norm="layer_norm",

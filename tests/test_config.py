@@ -299,3 +299,22 @@ def test_a_recording_of_fewer_voxels_than_a_patch_is_quarantined(tmp_path):
   data = config_lib.open_data(plain, say=lambda text: None)
   assert [bad.reason for bad in data.quarantine] == ["too_small"]
   assert data.quarantine[0].path.endswith("2.npy")
+
+
+def test_positions_in_mm_quarantine_recordings_of_unknown_spacing(tmp_path):
+  manifest = tmp_path / "manifest.tsv"
+  rows = ["participant_id\tfilepath\tpixel_spacing\tslice_thickness"]
+  rng = np.random.default_rng(0)
+  for person, spacing in enumerate(("[0.01, 0.02]\t0.1", "[0.01, 0.02]\t0.1", "\t")):
+    np.save(tmp_path / f"{person}.npy", rng.integers(0, 255, (8, 32, 48), np.uint8))
+    rows.append(f"{person}\t{person}.npy\t{spacing}")
+  manifest.write_text("\n".join(rows) + "\n")
+  plain = config_lib.as_plain(load("oct_multi", "tiny"))
+  plain["data"] |= dict(
+      manifest=str(manifest), split_column="", max_bad_fraction=0.5, label="",
+      splits=dict(train=0.5, validation=0.5),
+  )
+  assert not config_lib.open_data(plain, say=lambda text: None).quarantine
+  plain["model"]["rope_units"] = "mm"
+  (bad,) = config_lib.open_data(plain, say=lambda text: None).quarantine
+  assert bad.reason == "missing_spacing" and bad.path.endswith("2.npy")

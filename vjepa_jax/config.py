@@ -263,6 +263,8 @@ def open_data(
     section["splits"] = column
   # A recording of fewer voxels than a patch would be made up by resampling.
   section.setdefault("min_size", tuple(plain["model"]["patch"][1:]))
+  # Positions in mm of an unknown spacing would make every feature NaN.
+  section["require_spacing"] = plain["model"].get("rope_units", "index") == "mm"
   if section["manifest"].startswith("phantom:"):
     section["manifest"] = phantom_manifest(section["manifest"], say)
 
@@ -490,7 +492,7 @@ def _keywords(section: str, options: Mapping[str, Any]) -> dict[str, bool]:
   """Returns {keyword: whether it must be given} of the unit behind a section."""
   if section == "data":
     known = _without(_parameters(pipeline.open_data), "seed", "quarantine", "progress")
-    return {**known, "split_column": False}
+    return {**_without(known, "require_spacing"), "split_column": False}
   if section == "augment":
     return _parameters(augment.make_augment)
   if section == "optimizer":

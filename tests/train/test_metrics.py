@@ -114,3 +114,8 @@ def test_without_tensorboardx_one_plain_line_says_so(tmp_path, monkeypatch, caps
   writer.write(1, {"loss": 0.5})
   assert capsys.readouterr().out.count("tensorboardX is not installed") == 1
   assert metrics.read(tmp_path) == [{"step": 1, "loss": 0.5}]
+
+
+def test_a_line_for_people_folds_intervals_and_drops_the_common_prefix():
+  numbers = {"probe.few": 0.25, "probe.few.low": 0.125, "probe.few.high": 0.5, "x": 2}
+  assert metrics.format_scalars(numbers, "probe.") == "few 0.25 (0.125 .. 0.5)  x 2"

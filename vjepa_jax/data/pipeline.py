@@ -54,6 +54,7 @@ class Transform:
   colour: str
   min_size: tuple[int, int, int]
   max_voxels: int
+  require_spacing: bool
 
   def __call__(self, row: Row) -> Record:
     """Reads a row's file onto the canvas.
@@ -65,6 +66,11 @@ class Transform:
         row.path, modalities=self.modalities, manifest_spacing=row.spacing,
         colour=self.colour, max_voxels=self.max_voxels,
     )
+    if self.require_spacing and np.isnan(record.spacing[1:]).any():
+      raise ReadError(
+          row.path, "missing_spacing",
+          f"spacing in mm is {tuple(record.spacing[1:].tolist())}, and it is required",
+      )
     return ops.resample(
         record, canvas=self.canvas, policy=self.resample, fov_mm=self.fov_mm,
         spacing_mm=self.spacing_mm, dtype=self.dtype, min_size=self.min_size,
@@ -221,6 +227,7 @@ def open_data(
     colour: str = "reject",
     min_size: Sequence[int] = (1, 1, 1),
     max_voxels: int = readers.MAX_VOXELS,
+    require_spacing: bool = False,
     validate: str = "read",
     max_bad_fraction: float = 0.05,
     cache: str = "memory",
@@ -253,6 +260,7 @@ def open_data(
     colour: "reject" or "luminance".
     min_size: (Z, Y, X) a recording must have, such as one patch.
     max_voxels: cap on a recording, before decoding and before resampling.
+    require_spacing: whether a recording of unknown dz, dy or dx is bad.
     validate: "read" reads every file before the start; "lazy" finds bad files
       while training and skips them.
     max_bad_fraction: above this share of bad files there is no run; it holds for
@@ -285,7 +293,7 @@ def open_data(
       canvas=tuple(canvas), resample=resample, fov_mm=tuple(fov_mm),
       spacing_mm=tuple(spacing_mm), dtype=dtype,
       modalities=None if modalities is None else tuple(modalities), colour=colour,
-      min_size=tuple(min_size), max_voxels=max_voxels,
+      min_size=tuple(min_size), max_voxels=max_voxels, require_spacing=require_spacing,
   )
   devices = collections.Counter(r.device for rows in parts.values() for r in rows)
   ledger = _Ledger(devices, max_bad_fraction, validate == "lazy", quarantine)

@@ -147,7 +147,8 @@ class Evaluations:
       found |= numbers
       self._writer.write(step, numbers)
       if numbers:
-        self._writer.say(f"step {step} {name}: " + metrics_lib.format_scalars(numbers))
+        line = metrics_lib.format_scalars(numbers, prefix=f"{name}.")
+        self._writer.say(f"step {step} {name}: {line}")
     self.latest |= found
     if self._watched in found:
       self.history.append([step, found[self._watched]])

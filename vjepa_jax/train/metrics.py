@@ -197,9 +197,20 @@ def format_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> st
   return f"step {step}/{total_steps}  {format_scalars(scalars)}"
 
 
-def format_scalars(scalars: Mapping[str, float]) -> str:
-  """Writes names and values with four digits."""
-  return "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+def format_scalars(scalars: Mapping[str, float], prefix: str = "") -> str:
+  """Writes names, without a prefix that all share, and values with four digits.
+
+  A value with NAME.low and NAME.high beside it is written as 0.5 (0.4 .. 0.6).
+  """
+  parts = []
+  for name, value in scalars.items():
+    if name.endswith((".low", ".high")):
+      continue
+    part = f"{name.removeprefix(prefix)} {value:.4g}"
+    if f"{name}.low" in scalars:
+      part += f" ({scalars[f'{name}.low']:.3g} .. {scalars[f'{name}.high']:.3g})"
+    parts.append(part)
+  return "  ".join(parts)
 
 
 def system_info() -> dict[str, Any]:
