@@ -11,6 +11,7 @@ import pytest
 
 from vjepa_jax import config as config_lib
 from vjepa_jax import main
+from vjepa_jax.config import units
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -148,7 +149,7 @@ def test_batches_of_evaluators_must_divide_by_the_devices():
 
 
 def test_a_zero_is_a_value_and_not_the_default():
-  given = config_lib._given(dict(max_bad_fraction=0.0, max_records=0, label=""))
+  given = units.given(dict(max_bad_fraction=0.0, max_records=0, label=""))
   assert given == dict(max_bad_fraction=0.0)
 
 

@@ -1,0 +1,158 @@
+"""From a config to the units it names: all faults at once, then one build each.
+
+This room is the only place where a string of a config becomes an import, and,
+beside `main`, the only one that sees a whole config. Every unit gets its own
+keywords and nothing else.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+import jax
+import ml_collections
+
+from vjepa_jax.config import names
+from vjepa_jax.config.check import ConfigError, check_config
+from vjepa_jax.config.names import as_plain, duration, in_steps, load
+from vjepa_jax.config.units import (
+    build_objective,
+    build_optimizer,
+    model_grid,
+    open_data,
+    phantom_manifest,
+)
+from vjepa_jax.data import pipeline
+from vjepa_jax.train import evaluate, loop, optim, sharding
+from vjepa_jax.volumes import augment
+from vjepa_jax.volumes.grid import Grid
+
+__all__ = [
+    "ConfigError", "Experiment", "as_plain", "build", "build_objective",
+    "build_optimizer", "check_config", "duration", "in_steps", "load", "model_grid",
+    "open_data", "phantom_manifest",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What a config stands for, built and ready to run.
+
+  Attributes:
+    config: the plain config, as saved with the run.
+    data: the open data.
+    objective: owns parameters, masks and loss.
+    optimizer: of `train.optim`.
+    augment: host batch -> device batch.
+    mesh: of devices.
+    grid: tokens that the model sees.
+    options: of the train loop.
+    evaluators: name -> (evaluator, every how many steps).
+  """
+
+  config: dict[str, Any]
+  data: pipeline.Data
+  objective: Any
+  optimizer: optim.Optimizer
+  augment: Callable[..., Any]
+  mesh: Any
+  grid: Grid
+  options: loop.LoopOptions
+  evaluators: dict[str, tuple[Any, int | None]]
+
+
+def build(
+    config: ml_collections.ConfigDict,
+    *,
+    quarantine: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Experiment:
+  """Builds every unit of a sound config, each from its own keywords.
+
+  Args:
+    config: of a config file, with overrides; `check_config` is run again, now
+      with the number of devices.
+    quarantine: file that bad recordings are listed in.
+    say: gets a line now and then while data are read.
+
+  Raises:
+    ConfigError: as `check_config`.
+    DataError: if the manifest or too many of its files cannot be used.
+  """
+  check_config(config, device_count=jax.device_count())
+  plain = as_plain(config)
+  grid = model_grid(plain)
+  data = open_data(plain, quarantine=quarantine, say=say)
+  train, steps = plain["train"], _lengths(plain["train"], data)
+  try:
+    objective = build_objective(plain, **steps)
+    optimizer = build_optimizer(
+        batch_size=train["batch_size"],
+        **in_steps(plain["optimizer"], names.parameters(build_optimizer), **steps)
+        | {"total_steps": steps["total_steps"]},
+    )
+  except ValueError as error:  # lengths that only the size of the data tells
+    raise ConfigError(plain["name"], [str(error)]) from error
+  unit_augment = augment.make_augment(**plain["augment"])
+  mesh = sharding.make_mesh(train.get("mesh_data", -1), train.get("mesh_fsdp", 1))
+  functions = evaluate.wrap_functions(objective.functions(), unit_augment, mesh)
+  evaluators = _build_evaluators(plain, functions, data, **steps)
+  return Experiment(
+      config=plain,
+      data=data,
+      objective=objective,
+      optimizer=optimizer,
+      augment=unit_augment,
+      mesh=mesh,
+      grid=grid,
+      options=_loop_options(plain, grid, evaluators, **steps),
+      evaluators=evaluators,
+  )
+
+
+def _lengths(train: Mapping[str, Any], data: pipeline.Data) -> dict[str, int]:
+  """Returns total_steps and steps_per_epoch of a run on these data."""
+  volumes = len(data.splits["train"])
+  per_epoch = train.get("steps_per_epoch") or max(volumes // train["batch_size"], 1)
+  total = train.get("total_steps") or round(train["total_epochs"] * per_epoch)
+  return {"total_steps": total, "steps_per_epoch": per_epoch}
+
+
+def _loop_options(plain, grid, evaluators, **steps) -> loop.LoopOptions:
+  own = ("steps_per_epoch", "mesh_data", "mesh_fsdp", "total_epochs")
+  section = {k: v for k, v in plain["train"].items() if k not in own}
+  section = in_steps(section, names.parameters(loop.LoopOptions), **steps)
+  section["total_steps"] = steps["total_steps"]
+  best = section.get("best_metric") or None
+  # Without labels there is no probe, and then nothing to choose the best by.
+  given = {plain["evals"][name]["type"] for name in evaluators}
+  if best and best.split(".")[0] not in given:
+    best = None
+  wandb = given(plain.get("wandb", {}))
+  return loop.LoopOptions(**{
+      **section,
+      "best_metric": best,
+      "early_stop_metric": section.get("early_stop_metric") or None,
+      "tokens_per_volume": grid.tokens,
+      "wandb": wandb if wandb.get("project") else None,
+  })
+
+
+def _build_evaluators(plain, functions, data, **steps):
+  evaluators = {}
+  for name, options in plain["evals"].items():
+    unit = names.resolve("evals", options["type"])
+    if getattr(unit, "needs_labels", False) and not plain["data"].get("label"):
+      continue
+    options = in_steps(
+        options, [*names.parameters(unit), "every_steps"], **steps
+    )
+    every = options.pop("every_steps") or None
+    options.pop("type")
+    try:
+      evaluators[name] = (unit(functions, data, **options), every)
+    except (KeyError, ValueError) as error:
+      raise ConfigError(
+          plain["name"], [f"evals.{name}: {error.args[0]}"]
+      ) from error
+  return evaluators

@@ -1,0 +1,413 @@
+"""Everything that is wrong with a config, at once, before anything is touched."""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+import ml_collections
+
+from vjepa_jax.config import names, units
+from vjepa_jax.data import manifest as manifest_lib
+from vjepa_jax.data import ops, phantoms, pipeline
+from vjepa_jax.train import loop
+from vjepa_jax.volumes import augment, masks
+from vjepa_jax.volumes.grid import grid_faults
+
+SECTIONS = ("data", "augment", "model", "objective", "optimizer", "train", "evals")
+WANDB = ("project", "entity", "name", "mode", "tags", "group", "notes")
+WANDB_MODES = ("online", "offline", "disabled", "shared")
+
+
+class ConfigError(ValueError):
+  """A config that cannot run; `faults` lists every reason."""
+
+  def __init__(self, name: str, faults: list[str]):
+    self.faults = faults
+    lines = "\n".join(f"  {name}: {fault}" for fault in faults)
+    super().__init__(f"{len(faults)} fault(s) in the config:\n{lines}")
+
+
+def check_config(
+    config: ml_collections.ConfigDict, *, device_count: int | None = None
+) -> None:
+  """Reports everything that is wrong with a config, before anything is touched.
+
+  Args:
+    config: of a config file, with overrides.
+    device_count: devices of the run, where known: the batch must divide.
+
+  Raises:
+    ConfigError: lists every fault.
+  """
+  plain = names.as_plain(config)
+  faults, broken = _section_faults(plain)
+  rules = (
+      (("data",), _data_faults),
+      (("data", "augment", "model"), _geometry_faults),
+      (("model",), _model_faults),
+      (("objective",), _objective_faults),
+      (("data", "augment", "model", "objective"), _mask_faults),
+      (("train", "optimizer"), _optimizer_faults),
+      (("train",), functools.partial(_training_faults, device_count=device_count)),
+      (
+          ("data", "train", "evals"),
+          functools.partial(_evaluation_faults, device_count=device_count),
+      ),
+  )
+  for sections, rule in rules:
+    # A rule reads keys that must exist.
+    if not broken & set(sections):
+      faults += rule(plain)
+  if faults:
+    raise ConfigError(plain.get("name", "config"), faults)
+
+
+def _section_faults(plain: Mapping[str, Any]) -> tuple[list[str], set[str]]:
+  """Unknown and missing keys, durations spelled twice, names that do not resolve.
+
+  Returns the faults, and the sections that lack what their rules read.
+  """
+  known = {"name", "seed", "wandb", *SECTIONS}
+  missing = {"name", "seed", *SECTIONS} - set(plain)
+  faults, broken = [f"{key}: missing" for key in sorted(missing)], set(missing)
+  for key in sorted(set(plain) - known):
+    faults.append(f"{key}: unknown section; closest: {names.closest(key, known)}")
+  for section in (s for s in SECTIONS if s in plain):
+    if not isinstance(plain[section], Mapping):
+      faults.append(f"{section}: {plain[section]!r} is not a dict of options")
+      broken.add(section)
+      continue
+    sections = plain[section].items() if section == "evals" else [("", plain[section])]
+    for name, options in sections:
+      place = f"{section}.{name}" if name else section
+      try:
+        keywords = _keywords(section, options)
+      except KeyError as error:
+        faults.append(f"{place}: {error.args[0]}")
+        broken.add(section)
+        continue
+      absent = _missing_faults(place, options, keywords)
+      faults += _keyword_faults(place, options, keywords) + absent
+      if absent:
+        broken.add(section)
+  if "wandb" in plain:
+    faults += _keyword_faults("wandb", plain["wandb"], dict.fromkeys(WANDB, False))
+    if plain["wandb"].get("mode", "online") not in WANDB_MODES:
+      faults.append(
+          f"wandb.mode: {plain['wandb']['mode']!r} is none of {', '.join(WANDB_MODES)}"
+      )
+  return faults, broken
+
+
+def _keywords(section: str, options: Mapping[str, Any]) -> dict[str, bool]:
+  """Returns {keyword: whether it must be given} of the unit behind a section."""
+  if section == "data":
+    known = names.without(names.parameters(pipeline.open_data), "seed", "quarantine", "progress")
+    return {**names.without(known, "require_spacing"), "split_column": False}
+  if section == "augment":
+    return names.parameters(augment.make_augment)
+  if section == "optimizer":
+    return names.without(names.parameters(units.build_optimizer), "batch_size", "total_steps")
+  if section == "train":
+    known = names.without(names.parameters(loop.LoopOptions), "tokens_per_volume", "wandb")
+    own = dict.fromkeys(("total_steps", "steps_per_epoch", "mesh_data", "mesh_fsdp"), False)
+    return {**known, **own}
+  if section == "model":
+    model = names.resolve("model", options.get("name", ""))
+    return {"name": True, "preset": True, **dict.fromkeys(names.fields(model), False)}
+  if section == "objective":
+    unit = names.resolve("objective", options.get("name", ""))
+    return {"name": True, **names.without(names.parameters(unit), "backbone")}
+  unit = names.resolve("evals", options.get("type", ""))
+  known = names.without(names.parameters(unit), "functions", "data")
+  return {"type": True, "every_steps": True, **known}
+
+
+def _keyword_faults(
+    place: str, options: Mapping[str, Any], keywords: Mapping[str, bool]
+) -> list[str]:
+  faults = []
+  stems = {names.stem_of(k) for k in keywords if k.endswith("_steps")}
+  durations = {f"{stem}_{s}" for stem in stems for s in names.SUFFIXES}
+  for key in sorted(options):
+    if key not in keywords and key not in durations:
+      near = names.closest(key, set(keywords) | durations)
+      faults.append(f"{place}.{key}: unknown key; closest: {near}")
+  for stem in sorted(stems):
+    found = [f"{stem}_{s}" for s in names.SUFFIXES if f"{stem}_{s}" in options]
+    if len(found) > 1:
+      faults.append(f"{place}.{stem}: spelled twice, as {' and '.join(found)}; keep one")
+    for key in found:
+      if not options[key] >= 0:
+        faults.append(f"{place}.{key}: {options[key]} must not be negative")
+  return faults
+
+
+def _missing_faults(
+    place: str, options: Mapping[str, Any], keywords: Mapping[str, bool]
+) -> list[str]:
+  return [
+      f"{place}.{key}: missing"
+      for key in sorted(k for k, required in keywords.items() if required)
+      if key not in options
+      and (names.stem_of(key) is None or names.duration_key(options, names.stem_of(key)) is None)
+  ]
+
+
+def _geometry_faults(plain: Mapping[str, Any]) -> list[str]:
+  """Voxels by patch, crop by canvas."""
+  canvas, crop = plain["data"]["canvas"], plain["augment"].get("crop")
+  voxels = tuple(crop or (1, *canvas))
+  where = "augment.crop" if crop else "data.canvas"
+  patch = tuple(plain["model"]["patch"])
+  faults = [f"{where} {voxels}: {f}" for f in grid_faults(voxels, patch)]
+  faults += [
+      f"augment: {f}" for f in augment.augment_faults(plain["augment"], (1, *canvas))
+  ]
+  return faults
+
+
+def _mask_faults(plain: Mapping[str, Any]) -> list[str]:
+  """Options of the mask groups, their counts against the grid."""
+  try:
+    grid = units.model_grid(plain)
+  except ValueError:  # reported as a fault of the geometry
+    return []
+  return [
+      f"objective.masks.{name}: {fault}"
+      for name, group in plain["objective"].get("masks", {}).items()
+      for fault in masks.mask_faults(group, grid)
+  ]
+
+
+def _data_faults(plain: Mapping[str, Any]) -> list[str]:
+  """The manifest, names, shares of the splits, ranges."""
+  data = {k: v for k, v in plain["data"].items() if v not in ("", (), {})}
+  faults = []
+  manifest = data.get("manifest", "")
+  if not manifest:
+    faults.append(
+        "data.manifest: empty; give your own table with --config.data.manifest=FILE "
+        "(columns participant_id, filepath, ...), or run the embedded corpus with "
+        "the arm :sample"
+    )
+  if manifest.startswith("phantom:") and manifest[8:] not in units.PHANTOMS:
+    faults.append(
+        f"data.manifest: no embedded corpus {manifest!r}; there are "
+        + ", ".join(f"phantom:{key}" for key in units.PHANTOMS)
+    )
+  try:
+    ops.check_options(data.get("resample", "resize"), data.get("dtype", "uint8"))
+  except ValueError as error:
+    faults.append(f"data.{error}")
+  if data.get("validate", "read") not in ("read", "lazy"):
+    faults.append(f"data.validate: {data['validate']!r} is none of read, lazy")
+  if data.get("threads", 1) < 1:
+    faults.append(f"data.threads: {data['threads']} must be at least 1")
+  if not 0 <= data.get("max_bad_fraction", 0.0) <= 1:
+    faults.append(f"data.max_bad_fraction: {data['max_bad_fraction']} is not in [0, 1]")
+  if data.get("cache", "none") not in ("memory", "none"):
+    if data.get("validate", "read") == "lazy":
+      faults.append(
+          f"data.cache: {data['cache']!r} is filled before step 1; it needs "
+          "data.validate=read"
+      )
+    if "://" in data["cache"]:
+      faults.append(f"data.cache: {data['cache']!r} must be a local folder")
+  for key in ("max_records", "cache_bytes", "max_voxels"):
+    if data.get(key, 0) < 0:
+      faults.append(f"data.{key}: {data[key]} must not be negative")
+  for key in ("canvas", "fov_mm", "spacing_mm"):
+    if key in data and (len(data[key]) != 3 or min(data[key]) <= 0):
+      faults.append(f"data.{key}: {data[key]} must be three numbers (Z, Y, X) above 0")
+  if data.get("colour", "reject") not in ("reject", "luminance"):
+    faults.append(f"data.colour: {data['colour']!r} is none of reject, luminance")
+  fields = {f.name for f in dataclasses.fields(manifest_lib.Row)}
+  for key in ("filters", "exclude", "stratify"):
+    faults += [
+        f"data.{key}: no field {field!r} of a recording; closest: "
+        f"{names.closest(field, fields)}"
+        for field in data.get(key, ()) if field not in fields
+    ]
+  splits = data.get("splits", {})
+  if not data.get("split_column"):
+    shares = ", ".join(f"{k} {v}" for k, v in splits.items()) or "none"
+    if "train" not in splits or min(splits.values()) <= 0:
+      faults.append(f"data.splits: {shares}; needs train, and shares above 0")
+    elif abs(sum(splits.values()) - 1) > 1e-6:
+      faults.append(f"data.splits: {shares} add to {sum(splits.values()):g}, not 1")
+  return faults
+
+
+def _model_faults(plain: Mapping[str, Any]) -> list[str]:
+  """Asks the backbone's own module what is wrong with its options."""
+  options = {k: v for k, v in plain["model"].items() if k != "name"}
+  module = names.module_of("model", plain["model"]["name"])
+  return [f"model.{fault}" for fault in module.model_faults(options)]
+
+
+def _optimizer_faults(plain: Mapping[str, Any]) -> list[str]:
+  """Names, ranges, and lengths against the run's as far as they are known."""
+  options, faults = plain["optimizer"], []
+  for name, known in (("schedule", units.SCHEDULES), ("learning_rate_scaling", units.SCALING)):
+    if options.get(name, next(iter(known))) not in known:
+      faults.append(f"optimizer.{name}: {options[name]!r} is none of {', '.join(known)}")
+  for name in ("learning_rate", "learning_rate_batch", "eps", "clip_norm"):
+    if not options.get(name, 1.0) > 0:
+      faults.append(f"optimizer.{name}: {options[name]} must be positive")
+  for name, low, high in (
+      ("b1", 0, 1), ("b2", 0, 1), ("final_fraction", 0, 1),
+      ("weight_decay", 0, float("inf")), ("final_weight_decay", 0, float("inf")),
+  ):
+    if not low <= options.get(name, 0.0) <= high:
+      faults.append(f"optimizer.{name}: {options[name]} is not in [{low}, {high}]")
+  falls = names.duration_key(options, "decay")
+  if (options.get("schedule") == "wsd") != (falls is not None):
+    faults.append(
+        "optimizer.decay_steps (or _epochs, _percent): the length of the fall, to be "
+        f"given with schedule 'wsd' and no other; schedule is "
+        f"{options.get('schedule', 'cosine')!r}, decay {options.get(falls)}"
+    )
+  return faults + _fit_faults(options, plain["train"])
+
+
+def _fit_faults(options: Mapping[str, Any], train: Mapping[str, Any]) -> list[str]:
+  """Warm-up and decay against the run; a length that only the data tell is left."""
+  keys = [k for k in (names.duration_key(options, s) for s in ("warmup", "decay")) if k]
+  length = names.duration_key(train, "total")
+  if not keys or length is None or train[length] < 1:
+    return []
+  suffixes = {key.rpartition("_")[2] for key in (*keys, length)} - {"percent"}
+  per_epoch = train.get("steps_per_epoch")
+  if len(suffixes) > 1 and not per_epoch:
+    return []
+  per_epoch = per_epoch or 1000  # of one unit only, any number compares the same
+  total = train[length] * (per_epoch if length == "total_epochs" else 1)
+  scale = {"steps": 1, "epochs": per_epoch, "percent": total / 100}
+  spent = sum(options[key] * scale[key.rpartition("_")[2]] for key in keys)
+  warmup = keys[0] if keys[0].startswith("warmup") else None
+  too_long = warmup and options[warmup] * scale[warmup.rpartition("_")[2]] >= total
+  if not too_long and spent <= total:
+    return []
+  given = " and ".join(f"{key} {options[key]}" for key in keys)
+  return [
+      f"optimizer.{given}: as long as the whole run, train.{length} {train[length]}; "
+      "shorten it or train longer"
+  ]
+
+
+def _evaluation_faults(
+    plain: Mapping[str, Any], device_count: int | None
+) -> list[str]:
+  """Splits and batches of evaluators; metrics that no evaluator gives."""
+  evals, train, faults = plain["evals"], plain["train"], []
+  splits = _split_names(plain["data"])
+  for name, given in evals.items():
+    parameters = inspect.signature(names.resolve("evals", given["type"])).parameters
+    options = {k: p.default for k, p in parameters.items()} | given
+    split, rows = options.get("split"), options.get("batch_size", device_count or 1)
+    if split and splits is not None and split not in splits:
+      faults.append(
+          f"evals.{name}.split: {split!r} is no split of the data; they have "
+          + ", ".join(splits)
+      )
+    if rows < 1 or rows % (device_count or 1):
+      faults.append(
+          f"evals.{name}.batch_size: {rows} must be a positive multiple of the "
+          f"{device_count or 'number of'} device(s)"
+      )
+  types = sorted({options["type"] for options in evals.values()})
+  for key, known in (
+      ("best_metric", types), ("early_stop_metric", [*types, "validation"])
+  ):
+    metric = train.get(key, "")
+    kind = metric.split(".")[0]
+    if not metric or (key == "best_metric" and kind in ("loss", "validation")):
+      continue  # the latter is refused for another reason
+    if kind not in known:
+      faults.append(
+          f"train.{key}: {metric!r} comes from no evaluator of evals; they give "
+          f"numbers of {', '.join(f'{k}.*' for k in known) or 'nothing'}"
+      )
+  return faults
+
+
+def _split_names(data: Mapping[str, Any]) -> list[str] | None:
+  """Returns the splits' names; None: in a column of a manifest not yet read."""
+  if not data.get("split_column"):
+    return list(data["splits"])
+  _, _, corpus = data.get("manifest", "").partition("phantom:")
+  if corpus not in units.PHANTOMS:
+    return None
+  return list(units.PHANTOMS[corpus].get("patients", phantoms.PATIENTS))
+
+
+def _objective_faults(plain: Mapping[str, Any]) -> list[str]:
+  """Asks the objective's own module what is wrong with its options."""
+  name = plain["objective"]["name"]
+  known = names.parameters(names.resolve("objective", name))
+  return names.module_of("objective", name).objective_faults(**{
+      k: v for k, v in plain["objective"].items()
+      if k in known and names.stem_of(k) is None
+  })
+
+
+def _training_faults(
+    plain: Mapping[str, Any], device_count: int | None
+) -> list[str]:
+  """Ranges, batch by accumulation and devices, the run's length."""
+  train = plain["train"]
+  faults = [f"train.{fault}" for fault in loop.option_faults(train)]
+  batch, accum = train["batch_size"], train.get("accum", 1)
+  lengths = [f"total_{s}" for s in names.SUFFIXES[:2] if f"total_{s}" in train]
+  if len(lengths) != 1:
+    faults.append(
+        "train.total_steps or train.total_epochs: give one; got "
+        + (" and ".join(lengths) or "none")
+    )
+  elif not train[lengths[0]] > 0:
+    faults.append(f"train.{lengths[0]} {train[lengths[0]]} must be positive")
+  if batch >= 1 and accum >= 1 and batch % accum:
+    faults.append(
+        f"train.batch_size {batch}: not a multiple of train.accum {accum}"
+    )
+  elif batch >= 1 and accum >= 1:
+    faults += _mesh_faults(train, batch // accum, device_count)
+  best = train.get("best_metric", "")
+  if best and best.split(".")[0] in ("loss", "validation"):
+    faults.append(
+        f"train.best_metric {best!r}: the self-supervised loss does not say which "
+        "checkpoint is best (it may rise while features improve); name a probe's "
+        "number such as 'probe.accuracy', or '' for none"
+    )
+  return faults
+
+
+def _mesh_faults(
+    train: Mapping[str, Any], micro: int, device_count: int | None
+) -> list[str]:
+  data, fsdp = train.get("mesh_data", -1), train.get("mesh_fsdp", 1)
+  faults = []
+  if fsdp < 1 or (data < 1 and data != -1):
+    return [
+        f"train.mesh_data {data} x train.mesh_fsdp {fsdp}: must be positive, or -1 "
+        "for mesh_data (all devices that are left)"
+    ]
+  if device_count and device_count % fsdp:
+    faults.append(
+        f"train.mesh_fsdp {fsdp}: does not divide the {device_count} device(s)"
+    )
+  elif device_count and data not in (-1, device_count // fsdp):
+    faults.append(
+        f"train.mesh_data {data} x train.mesh_fsdp {fsdp}: is not the number of "
+        f"devices, {device_count}; -1 takes what is left"
+    )
+  shards = device_count or (data * fsdp if data > 0 else fsdp)
+  if not faults and micro % shards:
+    faults.append(
+        f"train.batch_size: a micro-batch of {micro} rows does not divide over "
+        f"{shards} device(s)"
+    )
+  return faults

@@ -1,0 +1,175 @@
+"""One builder a section: data, model and objective, optimiser, each its own keywords."""
+
+from collections.abc import Callable, Mapping
+import os
+import pathlib
+from typing import Any
+
+from vjepa_jax.config import names
+from vjepa_jax.data import phantoms, pipeline
+from vjepa_jax.train import optim, schedules
+from vjepa_jax.volumes.grid import Grid
+
+# The embedded corpora, by what follows `phantom:` in data.manifest.
+PHANTOMS = {
+    "oct": {},
+    "oct_tiny": dict(patients=dict(train=8, probe=12, validation=4), broken=3),
+}
+SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
+SCHEDULES = ("cosine", "constant", "linear", "wsd")
+
+
+def open_data(
+    plain: Mapping[str, Any],
+    *,
+    quarantine: str | None = None,
+    say: Callable[[str], None] = print,
+) -> pipeline.Data:
+  """Opens the data section; `phantom:NAME` writes the embedded corpus first.
+
+  Args:
+    plain: the whole config; an empty value of the section means "not given".
+    quarantine: file that bad recordings are listed in.
+    say: gets a line now and then while data are read.
+  """
+  section = given(plain["data"])
+  if column := section.pop("split_column", ""):
+    section["splits"] = column
+  # A recording of fewer voxels than a patch would be made up by resampling.
+  section.setdefault("min_size", tuple(plain["model"]["patch"][1:]))
+  # Positions in mm of an unknown spacing would make every feature NaN.
+  section["require_spacing"] = plain["model"].get("rope_units", "index") == "mm"
+  if section["manifest"].startswith("phantom:"):
+    section["manifest"] = phantom_manifest(section["manifest"], say)
+
+  def progress(done: int, total: int) -> None:
+    if done == total or done % max(total // 4, 1) == 0:
+      say(f"read {done} of {total} files")
+
+  return pipeline.open_data(
+      **section, seed=plain["seed"], quarantine=quarantine, progress=progress
+  )
+
+
+def given(section: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a section without the keys whose value is empty, at any depth."""
+  filled = {
+      k: given(v) if isinstance(v, Mapping) else v for k, v in section.items()
+  }
+  # Of numbers only max_records has a 0 that means "all"; others mean what they say.
+  return {
+      k: v for k, v in filled.items()
+      if v not in ("", (), {}) and not (k == "max_records" and v == 0)
+  }
+
+
+def phantom_manifest(name: str, say: Callable[[str], None] = print) -> str:
+  """Writes the phantom corpus `phantom:NAME` into the cache, once.
+
+  The cache is VJEPA_JAX_CACHE, or ~/.cache/vjepa_jax.
+
+  Raises:
+    KeyError: for an unknown name.
+  """
+  _, _, key = name.partition(":")
+  if key not in PHANTOMS:
+    raise KeyError(f"data.manifest {name!r}: closest: {names.closest(key, PHANTOMS)}")
+  home = os.environ.get("VJEPA_JAX_CACHE", "~/.cache/vjepa_jax")
+  folder = pathlib.Path(home).expanduser() / f"{key}_phantoms_v{phantoms.VERSION}"
+  if not folder.exists():
+    say(f"writing the embedded corpus to {folder}")
+  return str(phantoms.write_oct_corpus(folder, **PHANTOMS[key]))
+
+
+def model_grid(plain: Mapping[str, Any]) -> Grid:
+  """Returns the grid of tokens that the model sees.
+
+  Raises:
+    ValueError: if the voxels are not a multiple of the patch.
+  """
+  voxels = plain["augment"].get("crop") or (1, *plain["data"]["canvas"])
+  return Grid(tuple(voxels), tuple(plain["model"]["patch"]))
+
+
+def build_objective(
+    plain: Mapping[str, Any], *, total_steps: int, steps_per_epoch: int
+) -> Any:
+  """Builds the objective and the backbone in it."""
+  section = {k: v for k, v in plain["model"].items() if k != "name"}
+  model = names.module_of("model", plain["model"]["name"]).build(**section)
+  unit = names.resolve("objective", plain["objective"]["name"])
+  options = names.in_steps(
+      {k: v for k, v in plain["objective"].items() if k != "name"},
+      names.parameters(unit), total_steps=total_steps, steps_per_epoch=steps_per_epoch,
+  )
+  return unit(model, **options)
+
+
+def build_optimizer(
+    *,
+    batch_size: int,
+    total_steps: int,
+    learning_rate: float,
+    learning_rate_batch: int | None = None,
+    learning_rate_scaling: str = "none",
+    schedule: str = "cosine",
+    warmup_steps: int = 0,
+    decay_steps: int = 0,
+    final_fraction: float = 0.0,
+    weight_decay: float = 0.0,
+    final_weight_decay: float | None = None,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    clip_norm: float | None = None,
+    decay: tuple[tuple[str, bool], ...] = (),
+    frozen: tuple[str, ...] = (),
+) -> optim.Optimizer:
+  """Builds AdamW and its schedules from a config's numbers.
+
+  Args:
+    batch_size: global batch of the run.
+    total_steps: length of the run.
+    learning_rate: peak, as measured at `learning_rate_batch`.
+    learning_rate_batch: global batch that it was measured at; None: this run's.
+    learning_rate_scaling: "none", "sqrt" or "linear" in batch_size over it.
+    schedule: "cosine", "constant", "linear" or "wsd", after the warm-up.
+    warmup_steps: linear rise from 0.
+    decay_steps: of "wsd", the fall at the end.
+    final_fraction: of the peak, reached at the end.
+    weight_decay: at the start.
+    final_weight_decay: at the end, along a cosine; None: constant.
+    b1, b2, eps, clip_norm, decay, frozen: see `optim.make_optimizer`.
+
+  Raises:
+    ValueError: for unknown names or lengths that do not fit.
+  """
+  for name, value, known in (
+      ("learning_rate_scaling", learning_rate_scaling, SCALING),
+      ("schedule", schedule, SCHEDULES),
+  ):
+    if value not in known:
+      raise ValueError(f"optimizer.{name} {value!r} is none of {', '.join(known)}")
+  ratio = batch_size / (learning_rate_batch or batch_size)
+  peak = learning_rate * ratio ** SCALING[learning_rate_scaling]
+  # offset 1: as V-JEPA 2 counts, so that no step has a learning rate of 0.
+  common = dict(warmup_steps=warmup_steps, final=final_fraction * peak, offset=1)
+  builders = {
+      "cosine": lambda: schedules.warmup_cosine(peak, total_steps, **common),
+      "wsd": lambda: schedules.wsd(
+          peak, total_steps, decay_steps=decay_steps, **common
+      ),
+      "linear": lambda: schedules.wsd(
+          peak, total_steps, decay_steps=total_steps - warmup_steps, **common
+      ),
+      "constant": lambda: schedules.wsd(
+          peak, total_steps, decay_steps=0, **{**common, "final": peak}
+      ),
+  }
+  wd = weight_decay
+  if final_weight_decay is not None:
+    wd = schedules.cosine(weight_decay, final_weight_decay, total_steps)
+  return optim.make_optimizer(
+      learning_rate=builders[schedule](), weight_decay=wd, b1=b1, b2=b2, eps=eps,
+      clip_norm=clip_norm, decay=decay, frozen=frozen,
+  )
