@@ -219,6 +219,8 @@ def smoke(c: ml_collections.ConfigDict) -> None:
   c.data.cache = "memory"
   c.data.threads = 2
   c.data.canvas = (16, 64, 96)
+  # A quarter, a sixth and a quarter of the voxels see as much of the eye.
+  c.data.spacing_mm = (0.2, 0.12, 0.08)
   c.model.patch = (1, 4, 16, 16)
   c.model.preset = "tiny"
   c.model.dtype = "float32"
