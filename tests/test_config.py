@@ -149,7 +149,7 @@ def test_batches_of_evaluators_must_divide_by_the_devices():
 
 
 def test_a_zero_is_a_value_and_not_the_default():
-  given = units.given(dict(max_bad_fraction=0.0, max_records=0, label=""))
+  given = units.filled_in(dict(max_bad_fraction=0.0, max_records=0, label=""))
   assert given == dict(max_bad_fraction=0.0)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from vjepa_jax.config import names
+from vjepa_jax.config import names, units
 from vjepa_jax.config.check import ConfigError, check_config
 from vjepa_jax.config.names import as_plain, duration, in_steps, load
 from vjepa_jax.config.units import (
@@ -97,6 +97,12 @@ def build(
   mesh = sharding.make_mesh(train.get("mesh_data", -1), train.get("mesh_fsdp", 1))
   functions = evaluate.wrap_functions(objective.functions(), unit_augment, mesh)
   evaluators = _build_evaluators(plain, functions, data, **steps)
+  options = _loop_options(plain, grid, evaluators, **steps)
+  if train.get("best_metric") and options.best_metric is None:
+    say(
+        "data.label is empty: no probe, so no checkpoint is the best by "
+        f"{train['best_metric']}; the last {options.keep} are kept"
+    )
   return Experiment(
       config=plain,
       data=data,
@@ -105,7 +111,7 @@ def build(
       augment=unit_augment,
       mesh=mesh,
       grid=grid,
-      options=_loop_options(plain, grid, evaluators, **steps),
+      options=options,
       evaluators=evaluators,
   )
 
@@ -128,7 +134,7 @@ def _loop_options(plain, grid, evaluators, **steps) -> loop.LoopOptions:
   given = {plain["evals"][name]["type"] for name in evaluators}
   if best and best.split(".")[0] not in given:
     best = None
-  wandb = given(plain.get("wandb", {}))
+  wandb = units.filled_in(plain.get("wandb", {}))
   return loop.LoopOptions(**{
       **section,
       "best_metric": best,

@@ -32,7 +32,7 @@ def open_data(
     quarantine: file that bad recordings are listed in.
     say: gets a line now and then while data are read.
   """
-  section = given(plain["data"])
+  section = filled_in(plain["data"])
   if column := section.pop("split_column", ""):
     section["splits"] = column
   # A recording of fewer voxels than a patch would be made up by resampling.
@@ -51,14 +51,14 @@ def open_data(
   )
 
 
-def given(section: Mapping[str, Any]) -> dict[str, Any]:
+def filled_in(section: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a section without the keys whose value is empty, at any depth."""
-  filled = {
-      k: given(v) if isinstance(v, Mapping) else v for k, v in section.items()
+  kept = {
+      k: filled_in(v) if isinstance(v, Mapping) else v for k, v in section.items()
   }
   # Of numbers only max_records has a 0 that means "all"; others mean what they say.
   return {
-      k: v for k, v in filled.items()
+      k: v for k, v in kept.items()
       if v not in ("", (), {}) and not (k == "max_records" and v == 0)
   }
 
