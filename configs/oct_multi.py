@@ -264,9 +264,9 @@ def sample(c: ml_collections.ConfigDict) -> None:
           aspect=(0.75, 1.5), context=0.25, target=0.3,
       )
   )
-  c.objective.predictor = dict(
-      kind="transformer", width=96, depth=2, heads=4, rope_base=100.0,
-      initializer="xavier",
+  c.objective.predictor.update(
+      width=96, depth=2, heads=4, rope_base=100.0, attention="xla", remat="none",
+      dtype="float32", initializer="xavier",
   )
   c.objective.momentum_start = 0.99
   c.objective.momentum_end = 0.99
