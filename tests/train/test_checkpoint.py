@@ -63,8 +63,12 @@ def test_looking_at_a_run_under_way_neither_creates_nor_removes_anything(saved):
   assert looked.latest_step() == 10 and under_way.exists()
   Checkpoints(saved.directory / "none", keep=None, read_only=True)
   assert not (saved.directory / "none").exists()
-  Checkpoints(saved.directory)  # a run that goes on clears what a killed one left
+  going_on = Checkpoints(saved.directory)  # clears, on a thread, what a killed run left
+  deadline = time.monotonic() + 30
+  while under_way.exists() and time.monotonic() < deadline:
+    time.sleep(0.05)
   assert not under_way.exists()
+  going_on.close()
 
 
 def test_a_process_that_has_saved_nothing_reads_the_same(saved):
