@@ -284,36 +284,37 @@ def test_contradictions_of_the_data_section_are_found_before_reading(key, value,
   assert any(f"data.{key}" in f and said in f for f in faults_of(config))
 
 
-def test_a_recording_of_fewer_voxels_than_a_patch_is_quarantined(tmp_path):
-  manifest = tmp_path / "manifest.tsv"
-  rows = ["participant_id\tfilepath"]
+def three_recordings(folder, frames, spacing):
+  """Writes three .npy recordings and a manifest; returns a plain config of them."""
   rng = np.random.default_rng(0)
-  for person, frames in enumerate((8, 8, 3)):
-    np.save(tmp_path / f"{person}.npy", rng.integers(0, 255, (frames, 32, 48), np.uint8))
-    rows.append(f"{person}\t{person}.npy")
+  rows = ["participant_id\tfilepath\tpixel_spacing\tslice_thickness"]
+  for person, (count, mm) in enumerate(zip(frames, spacing, strict=True)):
+    volume = rng.integers(0, 255, (count, 32, 48), np.uint8)
+    np.save(folder / f"{person}.npy", volume)
+    rows.append(f"{person}\t{person}.npy\t{mm}")
+  manifest = folder / "manifest.tsv"
   manifest.write_text("\n".join(rows) + "\n")
   plain = config_lib.as_plain(load("oct_multi", "tiny"))
   plain["data"] |= dict(
       manifest=str(manifest), split_column="", max_bad_fraction=0.5, label="",
       splits=dict(train=0.5, validation=0.5),
   )
+  return plain
+
+
+KNOWN_SPACING, NO_SPACING = "[0.01, 0.02]\t0.1", "\t"
+
+
+def test_a_recording_of_fewer_voxels_than_a_patch_is_quarantined(tmp_path):
+  plain = three_recordings(tmp_path, (8, 8, 3), [NO_SPACING] * 3)
   data = config_lib.open_data(plain, say=lambda text: None)
   assert [bad.reason for bad in data.quarantine] == ["too_small"]
   assert data.quarantine[0].path.endswith("2.npy")
 
 
 def test_positions_in_mm_quarantine_recordings_of_unknown_spacing(tmp_path):
-  manifest = tmp_path / "manifest.tsv"
-  rows = ["participant_id\tfilepath\tpixel_spacing\tslice_thickness"]
-  rng = np.random.default_rng(0)
-  for person, spacing in enumerate(("[0.01, 0.02]\t0.1", "[0.01, 0.02]\t0.1", "\t")):
-    np.save(tmp_path / f"{person}.npy", rng.integers(0, 255, (8, 32, 48), np.uint8))
-    rows.append(f"{person}\t{person}.npy\t{spacing}")
-  manifest.write_text("\n".join(rows) + "\n")
-  plain = config_lib.as_plain(load("oct_multi", "tiny"))
-  plain["data"] |= dict(
-      manifest=str(manifest), split_column="", max_bad_fraction=0.5, label="",
-      splits=dict(train=0.5, validation=0.5),
+  plain = three_recordings(
+      tmp_path, (8, 8, 8), [KNOWN_SPACING, KNOWN_SPACING, NO_SPACING]
   )
   assert not config_lib.open_data(plain, say=lambda text: None).quarantine
   plain["model"]["rope_units"] = "mm"
