@@ -9,6 +9,8 @@ from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 import pytest
 
+from tests.data.bucket import Bucket, start
+
 OPT = "1.2.840.10008.5.1.4.1.1.77.1.5.4"
 
 
@@ -70,6 +72,23 @@ def dicom():
       item=make_item, dataset=make_dataset, to_bytes=to_bytes, volume=make_volume,
       break_bytes=break_bytes,
   )
+
+
+@pytest.fixture(scope="session")
+def emulator():
+  """A bucket emulator for the whole run (see tests/data/bucket.py)."""
+  with start() as running:
+    yield running
+
+
+@pytest.fixture
+def bucket(emulator, monkeypatch):
+  """An empty bucket of a name of its own; the environment points at it."""
+  for name, value in emulator.env.items():
+    monkeypatch.setenv(name, value)
+  yield Bucket(emulator.make_bucket(), emulator)
+  emulator.clear_faults()
+  emulator.forget_requests()
 
 
 @pytest.fixture
