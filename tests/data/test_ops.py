@@ -1,6 +1,9 @@
-"""Claims of data/ops.py."""
+"""Claims of data/ops/: resampling onto the canvas."""
 
+import concurrent.futures
 import math
+import subprocess
+import sys
 
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 
 from vjepa_jax.data import ops
+from vjepa_jax.data.ops.intensity import percentiles
 from vjepa_jax.data.record import ReadError, Record
 
 NAN = math.nan
@@ -235,3 +239,103 @@ def test_time_and_channels_pass_through_alike():
 def test_an_unknown_policy_is_named():
   with pytest.raises(ValueError, match="'zoom'.*resize"):
     ops.resample(record(np.ones((2, 2, 2), np.uint8)), canvas=(2, 2, 2), policy="zoom")
+
+
+def exact(volume, canvas):
+  """Returns the resize rule in float64: linear, or area means above two to one."""
+  found = volume.astype(float)
+  for axis, size in enumerate(canvas):
+    n = found.shape[axis]
+    weights = np.zeros((size, n))
+    for new in range(size):
+      low, high = new * n / size, (new + 1) * n / size
+      if n > 2 * size:
+        ends = np.arange(n)
+        weights[new] = np.clip(np.minimum(ends + 1, high) - np.maximum(ends, low), 0, 1)
+      else:
+        at = np.clip((low + high) / 2 - 0.5, 0, n - 1)
+        weights[new] = np.clip(1 - np.abs(np.arange(n) - at), 0, 1)
+    weights /= weights.sum(axis=1, keepdims=True)
+    found = np.moveaxis(np.tensordot(weights, found, (1, axis)), 0, axis)
+  return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=SIZES, canvas=SIZES, dtype=st.sampled_from(["uint8", "uint16", "int16"]))
+def test_resizing_rounds_once(size, canvas, dtype):
+  info = np.iinfo(dtype)
+  volume = np.random.default_rng(0).integers(
+      info.min, info.max, size, dtype=dtype, endpoint=True
+  )
+  found = ops.resample(record(volume), canvas=canvas).volume[0, ..., 0]
+  limit = 0.501 if dtype == "uint8" else 0.51
+  assert np.abs(found - exact(volume, canvas)).max() <= limit
+
+
+def test_resizing_a_large_volume_is_exact_to_half_a_grey_level():
+  volume = np.random.default_rng(0).integers(0, 256, (128, 885, 512), dtype=np.uint8)
+  found = ops.resample(record(volume), canvas=(64, 384, 384)).volume[0, ..., 0]
+  for z in (0, 31, 63):
+    wanted = exact(volume[2 * z : 2 * z + 2], (1, 384, 384))[0]
+    assert np.abs(found[z] - wanted).max() <= 0.501
+
+
+@pytest.mark.parametrize("way", ["flipped", "transposed", "big endian", "read only"])
+def test_any_layout_in_memory_gives_the_same(way):
+  volume = np.random.default_rng(0).integers(0, 999, (2, 9, 12, 10, 2)).astype(np.int16)
+  wanted = ops.resample(record(volume), canvas=(7, 5, 13)).volume
+  if way == "flipped":
+    other = np.ascontiguousarray(volume[:, ::-1, :, ::-1])[:, ::-1, :, ::-1]
+  elif way == "transposed":
+    other = np.ascontiguousarray(volume.transpose()).transpose()
+  elif way == "big endian":
+    other = volume.astype(">i2")
+  else:
+    other = volume.copy()
+    other.flags.writeable = False
+  found = ops.resample(
+      Record(other, np.full(4, NAN), "scan", mean=0.0, std=1.0), canvas=(7, 5, 13)
+  ).volume
+  assert found.dtype.isnative
+  np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32"])
+def test_percentiles_count_every_voxel(dtype):
+  rng = np.random.default_rng(0)
+  # Every third column is bright: a stride of three would see nothing else.
+  volume = rng.integers(0, 100, (4, 50, 48)).astype(dtype)
+  volume[..., ::3] += 100
+  if dtype in ("int16", "float32"):
+    volume -= 90
+  if dtype == "float32":
+    volume += rng.standard_normal(volume.shape, np.float32)
+    volume[0, 0, :4] = 0.0, -0.0, 1e-40, -3e38
+  shares = (0, 0.5, 33.3, 50, 99.5, 100)
+  np.testing.assert_allclose(
+      percentiles(volume, shares), np.percentile(volume.astype(float), shares),
+      rtol=1e-6, atol=1e-6,
+  )
+
+
+def test_threads_side_by_side_give_what_one_gives():
+  volumes = [
+      np.random.default_rng(s).integers(0, 255, (10, 60, 50)).astype(np.uint8)
+      for s in range(16)
+  ]
+  alone = [ops.resample(record(v), canvas=(5, 20, 40)).volume for v in volumes]
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    found = list(pool.map(
+        lambda v: ops.resample(record(v), canvas=(5, 20, 40)).volume, volumes
+    ))
+  for one, other in zip(alone, found, strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+def test_importing_the_ops_does_not_import_the_compiler():
+  done = subprocess.run(
+      [sys.executable, "-c",
+       "import sys; from vjepa_jax.data import ops; print('numba' in sys.modules)"],
+      capture_output=True, text=True, check=True,
+  )
+  assert done.stdout.strip() == "False"

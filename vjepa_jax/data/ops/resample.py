@@ -4,20 +4,23 @@ Heavy augmentation runs on the device; here a volume is cut, resized and padded
 once. Sizes are predicted and capped before anything is allocated.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
 
 import cv2
 import numpy as np
 
+from vjepa_jax.data.ops import kernels
+from vjepa_jax.data.ops.affine import place_meta
+from vjepa_jax.data.ops.intensity import percentiles
+from vjepa_jax.data.ops.taps import apply_taps, resize_taps
 from vjepa_jax.data.record import ReadError, Record, mean_std
 
 POLICIES = ("resize", "fov", "spacing")
 DTYPES = ("keep", "uint8")
 MAX_VOXELS = 2**30
 _AXES = "ZYX"
-# Above this shrink factor a linear kernel skips voxels, so areas are averaged.
-_AREA_FACTOR = 2.0
 
 # Many volumes are read side by side; OpenCV's own threads would fight for cores.
 cv2.setNumThreads(1)
@@ -79,8 +82,7 @@ def resample(
   _check_size(record, [a.length for a in axes], min_size, f"{policy} crop")
   if record.volume.dtype == np.float32 and not np.isfinite(record.volume).all():
     raise ReadError(record.source, "nan_voxels", "NaN or infinite voxels")
-  part = (slice(None), *(slice(a.start, a.start + a.length) for a in axes))
-  inner = _resize(record.volume[part], tuple(a.size for a in axes))
+  inner = _resize(record.volume, axes)
   low, high = inner.min(), inner.max()
   if low == high:
     raise ReadError(record.source, "constant", f"every voxel is {low}")
@@ -96,7 +98,13 @@ def resample(
       spacing=record.spacing * np.array(ratio, np.float32),
       mean=mean,
       std=std,
-      meta={**record.meta, "raw_size": tuple(shape[1:4]), "padding": padding},
+      meta={
+          **place_meta(
+              record.meta, [a.length / a.size for a in axes],
+              [a.start - a.offset * a.length / a.size for a in axes],
+          ),
+          "raw_size": tuple(shape[1:4]), "padding": padding,
+      },
   )
 
 
@@ -180,67 +188,14 @@ def _centre(n: int, whole: float, canvas: int) -> _Axis:
   return _Axis(0, n, size, (canvas - size) // 2)
 
 
-def _resize(volume: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
-  """Resizes [T, Z, Y, X, C] to `size` (Z, Y, X)."""
-  times, depth, rows, columns, channels = volume.shape
-  if (depth, rows, columns) == size:
-    return np.ascontiguousarray(volume)
-  result = np.empty((times, *size, channels), volume.dtype)
-  for t in range(times):
-    for z, (first, weights) in enumerate(_depth_weights(depth, size[0])):
-      frame = _blend(volume[t, first : first + len(weights)], weights)
-      result[t, z] = _resize_frame(frame, size[1:])
-  return result
-
-
-def _depth_weights(n: int, size: int) -> list[tuple[int, np.ndarray]]:
-  """Returns, for each frame made, (first source frame, weights adding to 1)."""
-  factor = n / size
-  plan = []
-  for z in range(size):
-    if factor > _AREA_FACTOR:
-      low, high = z * factor, (z + 1) * factor
-      first, last = int(low), min(n, math.ceil(high - 1e-9))
-      index = np.arange(first, last)
-      weights = np.minimum(index + 1, high) - np.maximum(index, low)
-      plan.append((first, weights / weights.sum()))
-      continue
-    at = min(max((z + 0.5) * factor - 0.5, 0.0), n - 1.0)
-    first = min(int(at), n - 1)
-    part = at - first
-    plan.append((first, np.array([1 - part, part] if part > 1e-9 else [1.0])))
-  return plan
-
-
-def _blend(frames: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  """Returns the weighted sum of frames [K, Y, X, C]."""
-  if len(weights) == 1:
-    return frames[0]
-  if len(weights) == 2:
-    return cv2.addWeighted(
-        frames[0], weights[0], frames[1], weights[1], 0.0
-    ).reshape(frames.shape[1:])
-  total = np.zeros(frames.shape[1:], np.float32)
-  for frame, weight in zip(frames, weights, strict=True):
-    total += frame.astype(np.float32) * np.float32(weight)
-  return total if frames.dtype == np.float32 else np.rint(total).astype(frames.dtype)
-
-
-def _resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Resizes [Y, X, C]; each axis has its own kernel, so one may need two steps."""
-  shape = (*size, frame.shape[2])
-  kernels = [
-      cv2.INTER_AREA if n > _AREA_FACTOR * s else cv2.INTER_LINEAR
-      for n, s in zip(frame.shape, size, strict=False)
-  ]
-  if kernels[0] == kernels[1]:
-    return cv2.resize(frame, size[::-1], interpolation=kernels[0]).reshape(shape)
-  steps = [((size[0], frame.shape[1]), kernels[0]), (size, kernels[1])]
-  if kernels[1] == cv2.INTER_AREA:  # Shrink first: less is left to do.
-    steps = [((frame.shape[0], size[1]), kernels[1]), (size, kernels[0])]
-  for target, kernel in steps:
-    frame = cv2.resize(frame, target[::-1], interpolation=kernel)
-  return frame.reshape(shape)
+def _resize(volume: np.ndarray, axes: Sequence[_Axis]) -> np.ndarray:
+  """Cuts and resizes [T, Z, Y, X, C] to the sizes of (Z, Y, X)."""
+  part = (slice(None), *(slice(a.start, a.start + a.length) for a in axes))
+  if all(a.length == a.size for a in axes):
+    return np.ascontiguousarray(volume[part])
+  return apply_taps(
+      volume, [resize_taps(a.length, a.size) for a in axes], [a.start for a in axes]
+  )
 
 
 def _pad(
@@ -256,15 +211,11 @@ def _pad(
 
 def _to_uint8(volume: np.ndarray, source: str) -> np.ndarray:
   """Maps percentiles 0.5 and 99.5 onto 0 and 255."""
-  step = max(1, volume.size // 1_000_000)
-  low, high = np.percentile(volume.reshape(-1)[::step], (0.5, 99.5))
+  low, high = percentiles(volume, (0.5, 99.5))
   if low == high:
     raise ReadError(
         source, "constant", f"percentiles 0.5 and 99.5 are both {low:g}"
     )
-  scaled = cv2.convertScaleAbs(
-      np.clip(volume.reshape(-1, volume.shape[-1]), low, high).astype(np.float32)
-      - np.float32(low),
-      alpha=255 / (high - low),
-  )
-  return scaled.reshape(volume.shape)
+  scaled = np.empty(volume.shape, np.uint8)
+  kernels.scale_to_uint8(volume, low, 255 / (high - low), scaled)
+  return scaled
