@@ -67,7 +67,11 @@ def full() -> ml_collections.ConfigDict:
   c.seed = 0
 
   c.data = dict(
-      manifest="",  # --config.data.manifest=; gs:// or local
+      manifest="",  # --config.data.manifest=; TSV, CSV or JSON; gs:// or local
+      # In place of one manifest: dict(NAME=dict(manifest=, weight=1.0, ...)), with any
+      # key of this section that differs by source; a config file of your own sets it.
+      sources=dict(),
+      mixture="weighted",  # or "alternate" (whole batches), "concatenate"
       root="",  # what filepath is joined to; default: the manifest's folder
       participants="",  # a table joined on participant_id
       label="",  # a column of either; without it there is no probe
@@ -77,8 +81,11 @@ def full() -> ml_collections.ConfigDict:
       splits=dict(train=0.9, validation=0.1),  # by participant; seed: 10 % by file
       split_column="",  # in place of shares: a column that names the split
       stratify=("device", "label"),
-      modalities=("OPT",),
+      modalities=("OPT",),  # of DICOM; (): any
       colour="reject",  # or "luminance"
+      # Where files do not say: axes ("TZYX"), key of the array, seconds a time point.
+      reader=dict(axes="", key="", time_step_s=placeholder(float)),
+      ops=(),  # host operations before resampling: (dict(name="spacing", ...), ...)
       max_voxels=2**30,
       canvas=(64, 384, 384),  # seed
       resample="resize",  # each device's whole field of view; "fov", "spacing"
@@ -86,10 +93,21 @@ def full() -> ml_collections.ConfigDict:
       spacing_mm=(0.05, 0.02, 0.02),  # seed
       dtype="uint8",
       max_bad_fraction=0.2,  # the seed's project met 10-20 % of broken files
+      # Rows without a participant, file, entry in participants or split: the seed's
+      # project lost two sites of three in silence.
+      max_lost_fraction=0.05,
       validate="lazy",
-      cache="none",  # a folder keeps the canvases as shards for later runs
+      cache="none",  # a folder, local or gs://, keeps the canvases as shards
       cache_bytes=4 << 30,
       threads=8,
+      workers=0,  # processes that read raw files, for compressed ones; order unchanged
+      timeout_s=600.0,  # of one file in a worker; J2K of 58 Mvoxels takes 6 s
+      storage=dict(
+          cache="",  # local folder that keeps what is read from buckets
+          cache_bytes=placeholder(int),  # 20 GiB
+          deadline_s=placeholder(float),  # of an operation, for each 64 MiB; 120 s
+          anonymous=False,  # public buckets, without credentials
+      ),
   )
   c.augment = dict(
       flip=(0.0, 0.0, 0.0, 0.5),  # left-right; axial never, superior-inferior no
@@ -185,7 +203,8 @@ def full() -> ml_collections.ConfigDict:
 def nothing() -> dict[str, tuple[str, ...]]:
   """Returns the fields of a recording that may be filtered, each without a value."""
   fields = (
-      "device", "region", "imaging", "laterality", "geometry", "site", "participant"
+      "device", "region", "imaging", "laterality", "geometry", "site", "modality",
+      "participant",
   )
   return {field: () for field in fields}
 

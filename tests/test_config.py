@@ -320,3 +320,116 @@ def test_positions_in_mm_quarantine_recordings_of_unknown_spacing(tmp_path):
   plain["model"]["rope_units"] = "mm"
   (bad,) = config_lib.open_data(plain, say=lambda text: None).quarantine
   assert bad.reason == "missing_spacing" and bad.path.endswith("2.npy")
+
+
+def with_data(**changes):
+  config = load("oct_multi")
+  with config.unlocked():
+    config.data.manifest = "m.tsv"
+    for key, value in changes.items():
+      config.data[key] = value
+  return config
+
+
+@pytest.mark.parametrize("key,value,said", [
+    ("workers", -1, "at least 0"), ("timeout_s", 0.0, "above 0"),
+    ("max_lost_fraction", 1.5, "not in [0, 1]"), ("mixture", "alternat", "none of alternate"),
+    ("reader", dict(axis="TZYX"), "data.reader.axis: unknown key; closest: axes"),
+    ("reader", dict(axes="QQYX"), "each stored axis once"),
+    ("reader", dict(time_step_s=-1.0), "positive number of seconds"),
+    ("ops", (dict(name="clip_percentile"),), "closest ['clip_percentiles'"),
+    ("ops", (dict(name="clip_percentiles", lowr=3),), "unknown option 'lowr'; closest ['lower'"),
+    ("ops", (dict(name="spacing"),), "'spacing_mm' is missing"),
+    ("storage", dict(cash="x"), "data.storage.cash: unknown key; closest: cache"),
+    ("storage", dict(cache="gs://b/c"), "must be a local folder"),
+    ("storage", dict(deadline_s=0.0), "above 0"),
+    ("filters", dict(devise=("x",)), "closest: device"),
+    ("cache", "s3://bucket/x", "local folder or gs://"),
+    ("sources", dict(ct=dict(manifest="c.tsv")), "one or the other"),
+])
+def test_what_the_data_section_cannot_mean_is_said_by_its_key(key, value, said):
+  text = "\n".join(faults_of(with_data(**{key: value})))
+  assert said in text, text
+
+
+def test_several_faults_of_new_keys_are_reported_together():
+  config = with_data(
+      workers=-1, max_lost_fraction=-0.1, reader=dict(axes="XX"),
+      ops=(dict(name="nosuch"), dict(name="resize", size=(0, 1, 2))),
+  )
+  text = "\n".join(faults_of(config))
+  for part in (
+      "data.workers: -1", "data.max_lost_fraction: -0.1", "data.reader: axes",
+      "data.ops[0]: unknown name 'nosuch'", "data.ops[1] resize",
+  ):
+    assert part in text, text
+
+
+SOURCES = dict(
+    mri=dict(manifest="m.tsv", modalities=("MR",)),
+    ct=dict(manifest="c.tsv", modalities=(), weight=2.0),
+)
+
+
+def with_sources(mixture="weighted", **changes):
+  config = load("oct_multi")
+  with config.unlocked():
+    config.data.mixture = mixture
+    config.data.sources = {k: {**v, **changes.get(k, {})} for k, v in SOURCES.items()}
+  return config
+
+
+def test_sources_in_place_of_a_manifest_are_sound():
+  for mixture in ("weighted", "alternate"):
+    config_lib.check_config(with_sources(mixture))
+
+
+@pytest.mark.parametrize("mixture,change,said", [
+    ("weighted", dict(wieght=1.0), "data.sources.ct.wieght: unknown key; closest: weight"),
+    ("weighted", dict(weight=0.0), "data.sources.ct.weight: 0.0 must be a number above 0"),
+    ("concatenate", {}, "has no say in data.mixture 'concatenate'"),
+    ("weighted", dict(manifest=""), "data.sources.ct.manifest: missing"),
+    ("weighted", dict(manifest="phantom:octt"), "data.sources.ct.manifest: no embedded"),
+    ("weighted", dict(dtype="keep"), "only data.mixture 'alternate' keeps sources apart"),
+    ("alternate", dict(canvas=(32, 384, 384)), "one grid"),
+    ("alternate", dict(resample="zoom"), "data.sources.ct.resample"),
+    ("alternate", dict(reader=dict(axes="ZZ")), "data.sources.ct.reader: axes"),
+    ("alternate", dict(ops=(dict(name="x"),)), "data.sources.ct.ops[0]: unknown name"),
+    ("alternate", dict(exclude=dict(side=("L",))), "data.sources.ct.exclude: no field"),
+    ("alternate", dict(threads=3), "data.sources.ct.threads: unknown key"),
+])
+def test_faults_of_a_source_name_it(mixture, change, said):
+  text = "\n".join(faults_of(with_sources(mixture, ct=change)))
+  assert said in text, text
+
+
+def test_the_data_section_becomes_keywords_and_storage_options(monkeypatch):
+  for name in ("FILE_CACHE", "FILE_CACHE_BYTES", "STORAGE_DEADLINE_S", "ANONYMOUS"):
+    monkeypatch.setenv(f"VJEPA_JAX_{name}", "")
+  monkeypatch.setenv("VJEPA_JAX_STORAGE_DEADLINE_S", "7")
+  config = with_sources()
+  with config.unlocked():
+    config.data.storage.cache = "/tmp/cache"
+    config.data.ops = (dict(name="clip_percentiles"),)
+  options = units.data_options(config_lib.as_plain(config))
+  assert options["sources"]["ct"]["modalities"] == ()  # any, and not the section's
+  assert options["modalities"] == ("OPT",) and "manifest" not in options
+  assert options["ops"] == (dict(name="clip_percentiles"),)
+  assert "reader" not in options and "storage" not in options
+  assert os.environ["VJEPA_JAX_FILE_CACHE"] == "/tmp/cache"
+  assert os.environ["VJEPA_JAX_STORAGE_DEADLINE_S"] == "7"  # not given: left alone
+
+
+def test_a_config_of_two_sources_opens_both(tmp_path):
+  folders = [tmp_path / "a", tmp_path / "b"]
+  for folder in folders:
+    folder.mkdir()
+  plain = three_recordings(folders[0], (8, 8, 8), [NO_SPACING] * 3)
+  three_recordings(folders[1], (8, 8, 8), [NO_SPACING] * 3)
+  plain["data"] |= dict(
+      manifest="", mixture="alternate", stratify=(),
+      sources={f.name: dict(manifest=str(f / "manifest.tsv")) for f in folders},
+  )
+  data = config_lib.open_data(plain, say=lambda text: None)
+  assert data.report["source"] == {"a": 3, "b": 3}
+  assert data.splits["train"].sources == ("a", "b")

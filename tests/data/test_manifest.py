@@ -1,6 +1,7 @@
 """Claims of data/manifest.py."""
 
 import collections
+import json
 import math
 
 from hypothesis import given, settings
@@ -241,3 +242,104 @@ def test_every_site_survives_whatever_its_numbers(write):
           for k, s in ((1, "UW"), (4, "UCSD"), (7, "UAB"))]
   found = m.read_manifest(write(rows)).rows
   assert m.count(found, "site") == {"UAB": 1, "UCSD": 1, "UW": 1}
+
+
+def test_an_empty_cell_of_the_manifest_does_not_hide_the_participants_own(write):
+  people = write(
+      [{"participant_id": "1", "group": "healthy", "clinical_site": "UW"},
+       {"participant_id": "2", "group": "sick", "clinical_site": "UAB"}],
+      "people.tsv", ["participant_id", "group", "clinical_site"],
+  )
+  head = ["participant_id", "filepath", "group", "clinical_site"]
+  rows = m.read_manifest(write([
+      {"participant_id": "1", "filepath": "a", "group": "", "clinical_site": "n/a"},
+      {"participant_id": "2", "filepath": "b", "group": "none", "clinical_site": "X"},
+  ], head=head), participants=people, label="group").rows
+  assert [(r.label, r.site) for r in rows] == [("healthy", "UW"), ("none", "X")]
+
+
+JSON_ROWS = [
+    {"participant_id": 1, "filepath": "a.nii.gz", "label": 0, "modality": "MR"},
+    {"participant_id": 2, "filepath": "b.nii.gz", "label": None,
+     "pixel_spacing": [0.5, 0.25], "slice_thickness": 2},
+]
+
+
+@pytest.mark.parametrize("tree", [JSON_ROWS, {"data": JSON_ROWS, "name": "x"}])
+def test_json_of_objects_is_a_table(tmp_path, tree):
+  path = tmp_path / "m.json"
+  path.write_text(json.dumps(tree))
+  one, two = m.read_manifest(str(path), label="label").rows
+  assert (one.participant, one.label, one.modality) == ("1", "0", "MR")
+  assert one.path == str(tmp_path / "a.nii.gz")
+  assert (two.label, two.spacing) == (None, (2, 0.5, 0.25))
+
+
+def test_a_datalist_names_the_split_by_its_key(tmp_path):
+  path = tmp_path / "dataset.json"
+  path.write_text(json.dumps({
+      "name": "brain", "labels": ["background", "tumour"], "numTraining": 2,
+      "training": [{"image": "./a.nii.gz", "label": "./a_seg.nii.gz", "subject": "s1"},
+                   {"image": "b.nii.gz", "subject": "s2"}],
+      "test": ["c.nii.gz"],
+  }))
+  rows = m.read_manifest(
+      str(path), split="split", columns={"participant_id": "filepath"}
+  ).rows
+  assert [r.split for r in rows] == ["training", "training", "test"]
+  people = m.read_manifest(str(path), columns={"participant_id": "subject"})
+  assert [r.participant for r in people.rows] == ["s1", "s2"]
+  assert people.lost == {"no_participant": 1}
+  with pytest.raises(DataError, match="participant_id.*Found: split, filepath, label"):
+    m.read_manifest(str(path))
+
+
+@pytest.mark.parametrize("text,said", [
+    ("{", "is not JSON"), ("{\"name\": \"x\"}", "no list of objects"), ("[]", "no list"),
+    ("{\"training\": [{\"image\": [\"a\", \"b\"]}]}", "image .* is a list"),
+])
+def test_json_of_another_kind_is_refused(tmp_path, text, said):
+  path = tmp_path / "m.json"
+  path.write_text(text)
+  with pytest.raises(DataError, match=said):
+    m.read_manifest(str(path))
+
+
+def test_a_row_says_how_its_file_is_to_be_read(write):
+  head = ["participant_id", "filepath", "axes", "key", "series_instance_uid",
+          "time_step_s", "spacing", "size", "checksum"]
+  plain, full = m.read_manifest(write([
+      {"participant_id": "1", "filepath": "a.tif"},
+      {"participant_id": "1", "filepath": "b.h5", "axes": "tzyx", "key": "raw",
+       "series_instance_uid": "1.2.3", "time_step_s": "60", "spacing": "[3, 2, nan]",
+       "size": "12", "checksum": "md5:00ff"},
+  ], head=head)).rows
+  assert set(plain.read_options()) == {"manifest_spacing"}
+  options = full.read_options()
+  dz, dy, dx = options.pop("manifest_spacing")
+  assert (dz, dy) == (3, 2) and math.isnan(dx)
+  assert options == dict(axes="TZYX", key="raw", series="1.2.3", time_step_s=60.0)
+  assert (full.size, full.checksum) == (12, "md5:00ff")
+
+
+def test_arrays_of_one_file_are_recordings_of_their_own(write):
+  head = ["participant_id", "filepath", "key"]
+  table = m.read_manifest(write([
+      {"participant_id": "1", "filepath": "a.h5", "key": "x"},
+      {"participant_id": "2", "filepath": "a.h5", "key": "y"},
+      {"participant_id": "2", "filepath": "a.h5", "key": "y"},
+  ], head=head))
+  assert len({row.id for row in table.rows}) == 2
+  assert table.lost == {"duplicate_row": 1}
+
+
+def test_what_nobody_asked_to_lose_is_kept_apart(write):
+  table = m.read_manifest(
+      write([line(), line(person=""), line(path=""), line(), line(path="z", laterality="R")]),
+      filters={"laterality": ["L"]},
+  )
+  assert table.total == 5 and len(table.rows) == 1
+  assert sorted(reason for _, reason in table.unexplained) == [
+      "no_filepath", "no_participant"
+  ]
+  assert not m.is_explained("no_split") and m.is_explained("excluded_device")

@@ -3,25 +3,37 @@
 import ast
 import collections
 import json
+import os
 import pathlib
 import pickle
+import signal
+import subprocess
+import sys
+import time
 
+import jax
 import numpy as np
 from pydicom.sequence import Sequence
 import pytest
 
-from vjepa_jax.data import pipeline
+from tests.data import fatal
+from vjepa_jax.data import pipeline, pool, storage
+from vjepa_jax.data.buffers import Buffers
+from vjepa_jax.data.manifest import Row
 from vjepa_jax.data.pipeline import eval_batches, open_data, train_iterator
-from vjepa_jax.data.record import DataError
+from vjepa_jax.data.record import DataError, ReadError
 
 CANVAS = (4, 16, 16)
 FRACTIONS = {"train": 0.7, "validation": 0.3}
-KEYS = {"volume", "mean", "std", "spacing", "index", "label", "_mask"}
+KEYS = {"volume", "mean", "std", "spacing", "index", "label", "source", "_mask"}
 
 
 def opened(manifest, **options):
   return open_data(
-      manifest, **{"canvas": CANVAS, "splits": "part", "label": "pathology", **options}
+      manifest, **{
+          "canvas": CANVAS, "splits": "part", "label": "pathology",
+          "modalities": ("OPT",), **options,
+      }
   )
 
 
@@ -38,7 +50,7 @@ def test_a_batch_holds_what_the_contract_names(write_corpus):
   for key, dtype, shape in (
       ("mean", np.float32, (3,)), ("std", np.float32, (3,)),
       ("spacing", np.float32, (3, 4)), ("index", np.int32, (3,)),
-      ("label", np.int32, (3,)), ("_mask", np.float32, (3,)),
+      ("label", np.int32, (3,)), ("source", np.int32, (3,)), ("_mask", np.float32, (3,)),
   ):
     assert batch[key].dtype == dtype and batch[key].shape == shape
   for row in range(3):
@@ -408,3 +420,359 @@ def test_the_data_room_imports_no_jax():
       assert not {n.split(".")[0] for n in names} & {"jax", "flax", "optax"}, path
       rooms = [n.split(".")[1] for n in names if n.startswith("vjepa_jax.")]
       assert set(rooms) <= {"data"}, path
+
+
+def test_what_the_network_cannot_bring_stops_the_run_and_quarantines_nothing(
+    write_corpus, bucket, tmp_path, monkeypatch
+):
+  monkeypatch.setenv("VJEPA_JAX_STORAGE_DEADLINE_S", "0.5")
+  manifest = to_bucket(write_corpus(), tmp_path, bucket)
+  bucket.fault("503", name="oct/topcon_triton/1002/R.dcm", share=1.0)
+  for validate in ("read", "lazy"):
+    log = tmp_path / f"{validate}.tsv"
+    with pytest.raises(DataError, match="not the file's fault") as caught:
+      data = opened(manifest, validate=validate, quarantine=str(log), cache="none")
+      list(eval_batches(data.splits["train"], 2))
+    assert "1002/R.dcm" in str(caught.value)
+    assert caught.value.__cause__.reason == "unreachable"
+    assert not log.exists() or len(log.read_text().splitlines()) == 1
+
+
+def test_the_report_counts_what_had_to_be_tried_again(
+    write_corpus, bucket, tmp_path
+):
+  storage.reset_counters()
+  manifest = to_bucket(write_corpus(), tmp_path, bucket)
+  bucket.fault("503", name="oct", share=0.3, seed=3)
+  bucket.fault("reset", name="oct", share=0.2, seed=4)
+  data = opened(manifest)
+  assert data.report["records"] == 12 and not data.report["quarantine"]
+  assert {"retried 503", "retried reset"} <= set(data.report["retries"])
+
+
+def to_bucket(manifest, folder, bucket):
+  """Copies a corpus into a bucket; returns its manifest there."""
+  for path in folder.rglob("*"):
+    if path.is_file():
+      name = f"{bucket.url}/{path.relative_to(folder)}"
+      storage.write_bytes(name, path.read_bytes())
+  return f"{bucket.url}/{pathlib.Path(manifest).name}"
+
+
+def test_rows_lost_without_being_asked_for_stop_the_run_by_reason_and_site(
+    write_corpus, tmp_path
+):
+  manifest = write_corpus(people=10)
+  text = (tmp_path / "manifest.tsv").read_text()
+  # Half the participants are in no table: one whole site.
+  people = ["participant_id"] + [str(1000 + n) for n in range(0, 10, 2)]
+  (tmp_path / "people.tsv").write_text("\n".join(people) + "\n")
+  options = dict(participants=str(tmp_path / "people.tsv"), splits=FRACTIONS)
+  with pytest.raises(DataError) as caught:
+    opened(manifest, **options)
+  assert "10 of 20 rows are lost" in str(caught.value)
+  assert "not_in_participants 10" in str(caught.value)
+  assert "by site: UAB 10" in str(caught.value)
+  report = opened(manifest, max_lost_fraction=0.5, **options).report
+  assert report["lost"] == {"not_in_participants": 10} and report["rows"] == 20
+  assert report["lost_by"]["site"] == {"UAB": {"not_in_participants": 10}}
+  assert report["lost_by"]["device"]["topcon_triton"] == {"not_in_participants": 5}
+  # What was asked for, or is there twice, is no loss.
+  (tmp_path / "manifest.tsv").write_text(text + text.splitlines()[-1] + "\n")
+  report = opened(
+      manifest, splits=FRACTIONS, max_lost_fraction=0.0, filters={"site": "UW"}
+  ).report
+  assert report["lost"] == {"filtered_site": 10, "duplicate_row": 1}
+
+
+def test_rows_without_a_split_count_as_lost(write_corpus, tmp_path):
+  manifest = write_corpus()
+  path = tmp_path / "manifest.tsv"
+  lines = path.read_text().splitlines()
+  lines[1:3] = [line.rpartition("\t")[0] + "\t" for line in lines[1:3]]
+  path.write_text("\n".join(lines) + "\n")
+  with pytest.raises(DataError, match="no_split 2"):
+    opened(manifest)
+  assert opened(manifest, max_lost_fraction=0.2).report["lost"] == {"no_split": 2}
+
+
+def test_the_report_tells_losses_by_device_site_split_label_and_path(write_corpus):
+  broken = {3: "truncated", 4: "not_dicom"}
+  report = opened(write_corpus(broken=broken), max_bad_fraction=0.2).report
+  by = report["quarantine_by"]
+  assert by["device"] == {
+      "heidelberg_spectralis": {"not_dicom": 1}, "topcon_triton": {"truncated": 1}
+  }
+  assert by["site"] == {"UAB": {"truncated": 1}, "UW": {"not_dicom": 1}}
+  assert by["split"] == {"train": {"not_dicom": 1, "truncated": 1}}
+  assert by["label"] == {"drusen": {"not_dicom": 1}, "normal": {"truncated": 1}}
+  (path,) = report["quarantine_paths"]["truncated"]
+  assert path.endswith("1001/R.dcm")
+  json.dumps(report)
+
+
+def lazy(manifest, threads=2, **options):
+  data = opened(
+      manifest, validate="lazy", cache="none", **{"max_bad_fraction": 0.3, **options}
+  )
+  train = data.splits["train"]
+  return data, train_iterator(train, batch_size=3, seed=0, threads=threads)
+
+
+def test_a_resumed_lazy_run_counts_on(write_corpus, tmp_path):
+  manifest = write_corpus(people=12, broken={3: "truncated", 8: "not_dicom"})
+  log = tmp_path / "q.tsv"
+  first, iterator = lazy(manifest, quarantine=str(log))
+  indices(iterator, 8)  # once around
+  state = json.loads(json.dumps(iterator.get_state()))
+  assert first.report["quarantine"] == {"not_dicom": 1, "truncated": 1}
+  (tmp_path / "oct/topcon_triton/1001/R.dcm").write_bytes(
+      (tmp_path / "oct/topcon_triton/1002/R.dcm").read_bytes()
+  )
+  second, again = lazy(manifest, quarantine=str(log))
+  again.set_state(state)
+  want = {k: v for k, v in first.report.items() if k != "retries"}
+  assert {k: v for k, v in second.report.items() if k != "retries"} == want
+  # A file mended meanwhile stays out, as in an unbroken run.
+  seen = indices(again, 8)
+  assert seen == indices(iterator, 8)
+  assert second.report["read"] == first.report["read"]
+  assert log.read_text().count("R.dcm") == 1
+
+
+def test_a_resumed_lazy_run_stops_at_the_file_that_an_unbroken_one_stops_at(
+    write_corpus
+):
+  broken = dict.fromkeys(range(0, 30, 3), "truncated")
+  manifest = write_corpus(people=20, broken=broken)
+
+  def met(iterator, limit):
+    for n in range(limit):
+      try:
+        next(iterator)
+      except DataError:
+        return n
+    return None
+
+  options = dict(max_bad_fraction=0.2, threads=0)  # nothing is read ahead
+  unbroken = met(lazy(manifest, **options)[1], 100)
+  assert unbroken is not None and unbroken > 3
+  _, first = lazy(manifest, **options)
+  assert met(first, 3) is None
+  _, second = lazy(manifest, **options)
+  second.set_state(first.get_state())
+  assert met(second, 100) == unbroken - 3
+
+
+def test_each_host_keeps_a_table_of_its_own(write_corpus, tmp_path):
+  manifest = write_corpus(broken={3: "truncated"})
+  log = tmp_path / "out" / "quarantine.tsv"
+  options = dict(max_bad_fraction=0.3, quarantine=str(log))
+  for host in range(2):
+    data = opened(manifest, validate="lazy", host=(host, 2), **options)
+    list(eval_batches(data.splits["train"], 4))
+  names = sorted(path.name for path in log.parent.iterdir())
+  assert names == ["quarantine.host1.tsv", "quarantine.tsv"]
+  for path in log.parent.iterdir():
+    path.unlink()
+  opened(manifest, host=(1, 2), **options)  # the first host has read the same
+  assert not list(log.parent.iterdir())
+
+
+@pytest.fixture(scope="module")
+def with_workers():
+  """Returns open(...) -> data read by processes, which are ended afterwards."""
+  opened_data = []
+
+  def open_(manifest, **options):
+    data = opened(manifest, workers=2, cache="none", **options)
+    opened_data.append(data)
+    return data
+
+  yield open_
+  for data in opened_data:
+    data.close()
+    assert not data.worker_pids()
+
+
+@pytest.mark.parametrize("validate", ["read", "lazy"])
+def test_worker_processes_change_nothing_but_who_reads(
+    write_corpus, with_workers, validate
+):
+  manifest = write_corpus(broken={3: "truncated", 4: "not_dicom"})
+  options = dict(validate=validate, max_bad_fraction=0.3)
+  found = []
+  for data in (opened(manifest, **options), with_workers(manifest, **options)):
+    iterator = train_iterator(
+        data.splits["train"], batch_size=3, seed=0, threads=4, workers=data.workers
+    )
+    first = [next(iterator) for _ in range(4)]
+    state = iterator.get_state()
+    found.append((data, first + [next(iterator) for _ in range(4)], state))
+  (plain, want, state), (other, batches, others_state) = found
+  assert len(other.worker_pids()) == 2
+  for a, b in zip(want, batches, strict=True):
+    for key in KEYS:
+      np.testing.assert_array_equal(a[key], b[key])
+  assert sorted(plain.quarantine) == sorted(other.quarantine)
+  # The number of workers is kept, and decides nothing: each goes on from the other.
+  assert (state["workers"], others_state["workers"]) == (0, 2)
+  for data, given in ((plain, others_state), (other, state)):
+    again = train_iterator(
+        data.splits["train"], batch_size=3, seed=0, workers=data.workers
+    )
+    again.set_state(given)
+    assert indices(again, 4) == [b["index"].tolist() for b in want[4:]]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_the_order_stays(write_corpus, with_workers):
+  manifest = write_corpus()
+  want = indices(
+      train_iterator(opened(manifest).splits["train"], batch_size=2, seed=0), 30
+  )
+  data = with_workers(manifest, validate="lazy")
+  iterator = train_iterator(data.splits["train"], batch_size=2, seed=0, threads=2)
+  found = []
+  for step in range(30):
+    found.append(next(iterator)["index"].tolist())
+    if step in (3, 11):
+      os.kill(data.worker_pids()[0], signal.SIGKILL)
+  assert found == want and not data.quarantine
+  assert len(data.worker_pids()) == 2
+
+
+@pytest.mark.slow
+def test_a_file_that_kills_or_holds_its_worker_is_named_within_bounds():
+  workers = pool.Pool(fatal.Fatal(), 1, timeout_s=5)
+  for path, reason, said in (
+      ("kills", "decoder_died", "exit code 7"), ("holds", "timed_out", "within 5 s"),
+  ):
+    with pytest.raises(ReadError, match=said) as caught:
+      workers.read(Row(path, "1"))
+    assert caught.value.reason == reason and caught.value.path == path
+    assert workers.read(Row("good", "1")).volume.max() == 9
+  workers.close()
+  with pytest.raises(DataError, match="closed"):
+    workers.read(Row("good", "1"))
+
+
+def test_a_worker_that_cannot_start_is_a_clear_error():
+  workers = pool.Pool(fatal.Unloadable(), 1, timeout_s=5)
+  with pytest.raises(DataError, match="did not start.*exit code 1"):
+    workers.read(Row("a", "1"))
+  workers.close()
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_process_that_started_them(write_corpus, tmp_path):
+  manifest = write_corpus(people=3)
+  code = (
+      "import os, sys\n"
+      "from vjepa_jax.data.pipeline import open_data\n"
+      f"data = open_data({manifest!r}, canvas=(4, 16, 16), splits='part', workers=2)\n"
+      "print(*data.worker_pids(), flush=True)\n"
+      "os.kill(os.getpid(), 9)\n"
+  )
+  done = subprocess.run(
+      [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+      env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+  )
+  pids = [int(pid) for pid in done.stdout.split()]
+  assert len(pids) == 2, done.stderr
+  deadline = time.monotonic() + 20
+  while any(is_alive(pid) for pid in pids):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+def is_alive(pid):
+  status = pathlib.Path(f"/proc/{pid}/status")
+  return status.exists() and "\nState:\tZ" not in status.read_text()
+
+
+def test_ops_come_before_resampling_and_draw_once_a_recording(write_corpus):
+  manifest = write_corpus()
+  clipped = opened(manifest, ops=[dict(name="clip_percentiles", lower=40, upper=60)])
+  plain = opened(manifest)
+  for n in range(3):
+    a, b = (d.splits["train"][n].volume for d in (clipped, plain))
+    assert a.std() != b.std()
+  assert clipped.report["ops"] == ["clip_percentiles"]
+  small = opened(manifest, ops=[dict(name="pad_or_crop", size=(4, 16, 16))])
+  assert small.splits["train"][0].volume.shape == (1, *CANVAS, 1)
+
+
+def test_rows_say_how_they_are_to_be_read_and_win_over_the_config(tmp_path):
+  rng = np.random.default_rng(0)
+  volume = rng.integers(0, 255, (2, 4, 8, 8), np.uint8)
+  np.save(tmp_path / "tzyx.npy", volume)
+  np.save(tmp_path / "ztyx.npy", volume.swapaxes(0, 1))
+  np.savez(tmp_path / "two.npz", a=volume, b=volume[::-1])
+  lines = [
+      "participant_id\tfilepath\taxes\tkey\ttime_step_s\tspacing", "1\ttzyx.npy\t\t\t\t",
+      "2\tztyx.npy\tZTYX\t\t2.5\t[3, 2, 1]", "3\ttwo.npz\t\ta\t\t",
+      "4\ttwo.npz\t\tb\t\t",
+  ]
+  (tmp_path / "m.tsv").write_text("\n".join(lines) + "\n")
+  data = open_data(
+      str(tmp_path / "m.tsv"), canvas=(4, 8, 8), splits={"train": 1.0},
+      reader=dict(axes="TZYX", time_step_s=1.0), dtype="keep",
+  )
+  train = data.splits["train"]
+  records = {train.rows[n].participant: train[n] for n in range(4)}
+  for person in "123":
+    np.testing.assert_array_equal(records[person].volume[..., 0], volume)
+  np.testing.assert_array_equal(records["4"].volume[..., 0], volume[::-1])
+  assert records["1"].spacing[0] == 1.0 and records["2"].spacing.tolist() == [2.5, 3, 2, 1]
+
+
+def test_a_batch_that_is_held_is_not_written_over(write_corpus):
+  train = opened(write_corpus()).splits["train"]
+  iterator = train_iterator(train, batch_size=3, seed=0)
+  held = [next(iterator) for _ in range(9)]
+  copies = [batch["volume"].copy() for batch in held]
+  views = [batch["volume"][1:] for batch in held[::2]]
+  on_device = [jax.device_put(batch["volume"]) for batch in held]
+  del held
+  for _ in range(12):
+    next(iterator)
+  for view, copy in zip(views, copies[::2], strict=True):
+    np.testing.assert_array_equal(view, copy[1:])
+  for array, copy in zip(on_device, copies, strict=True):
+    np.testing.assert_array_equal(array, copy)
+
+
+def test_memory_of_batches_is_used_again_once_they_are_gone():
+  buffers = Buffers(8)
+  first = buffers.take((4, 8), np.dtype(np.uint8))
+  place = first.ctypes.data
+  view = first[2:]
+  del first
+  assert buffers.take((4, 8), np.dtype(np.uint8)).ctypes.data != place
+  del view
+  held = buffers.take((4, 8), np.dtype(np.uint8))
+  other = buffers.take((4, 8), np.dtype(np.uint8))
+  assert place in (held.ctypes.data, other.ctypes.data)
+  assert buffers.take((4, 4), np.dtype(np.uint16)).shape == (4, 4)
+
+
+@pytest.mark.slow
+def test_shards_in_a_bucket_serve_the_batches_of_the_raw_files(
+    write_corpus, bucket, tmp_path
+):
+  manifest = to_bucket(write_corpus(broken={3: "truncated"}), tmp_path, bucket)
+  options = dict(max_bad_fraction=0.2, threads=1)
+  raw = opened(manifest, **options).splits["train"]
+  iterator = train_iterator(raw, batch_size=3, seed=0)
+  want = [next(iterator) for _ in range(4)]
+  opened(manifest, cache=f"{bucket.url}/shards", **options)
+  bucket.forget_requests()
+  data = opened(manifest, cache=f"{bucket.url}/shards", **options)
+  found = train_iterator(data.splits["train"], batch_size=3, seed=0)
+  for batch in want:
+    other = next(found)
+    for key in KEYS:
+      np.testing.assert_array_equal(other[key], batch[key])
+  assert data.report["quarantine"] == {"truncated": 1}
+  assert not [line for line in bucket.requests() if ".dcm" in line and "alt=media" in line]

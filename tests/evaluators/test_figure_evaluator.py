@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vjepa_jax.evaluators.figures import Evaluator
+from vjepa_jax.evaluators.figures import Evaluator, token_states
 from vjepa_jax.report import figures as drawing
 from vjepa_jax.volumes.grid import Grid
 from vjepa_jax.volumes.masks import Split
@@ -52,11 +52,9 @@ def test_without_masks_the_features_are_still_drawn(make_data, patches):
   assert set(found) == {"figures.pca"}
 
 
-def test_token_states_are_those_of_the_split(make_data, functions):
-  evaluator = Evaluator(functions, make_data(patients=4), batch_size=3)
-  batch = {"_mask": np.ones(3)}
-  whole, cut = evaluator._states({}, {}, batch, GRID)
-  split, padded = functions["masks"]({}, {}, batch)
+def test_token_states_are_those_of_the_split(functions):
+  split, padded = functions["masks"]({}, {}, {"_mask": np.ones(3)})
+  whole, cut = token_states([split, padded], 3, GRID.tokens)
   for row in range(3):
     assert set(np.flatnonzero(whole[row] == drawing.CONTEXT)) == set(split.context[row])
     assert set(np.flatnonzero(whole[row] == drawing.TARGET)) == set(split.target[row])

@@ -77,7 +77,7 @@ def test_baselines_are_read_once_a_process(make_data, patches):
   data = make_data(patients=10)
   evaluator = Evaluator(patches, data, folds=2, **QUICK)
   dict(evaluator.run({"scale": 1.0}, {}))
-  source = data.splits["probe"]._source
+  source = data.splits["probe"]._canvases
   reads = []
   read = source.read
   source.read = lambda row: reads.append(row) or read(row)

@@ -82,7 +82,10 @@ def build(
   check_config(config, device_count=jax.device_count())
   plain = as_plain(config)
   grid = model_grid(plain)
-  data = open_data(plain, quarantine=quarantine, say=say)
+  data = open_data(
+      plain, quarantine=quarantine, host=(jax.process_index(), jax.process_count()),
+      say=say,
+  )
   train, steps = plain["train"], _lengths(plain["train"], data)
   try:
     objective = build_objective(plain, **steps)

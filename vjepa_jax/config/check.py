@@ -1,6 +1,6 @@
 """Everything that is wrong with a config, at once, before anything is touched."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import functools
 import inspect
@@ -10,13 +10,16 @@ import ml_collections
 
 from vjepa_jax.config import names, units
 from vjepa_jax.data import manifest as manifest_lib
-from vjepa_jax.data import ops, phantoms, pipeline
+from vjepa_jax.data import mixture as mixture_lib
+from vjepa_jax.data import ops, phantoms, pipeline, readers, storage
 from vjepa_jax.train import loop
 from vjepa_jax.volumes import augment, masks
 from vjepa_jax.volumes.grid import grid_faults
 
 SECTIONS = ("data", "augment", "model", "objective", "optimizer", "train", "evals")
 WANDB = ("project", "entity", "name", "mode", "tags", "group", "notes")
+# Options of a reader that have a key of their own, or come from a row.
+_SAID_ELSEWHERE = {"modalities", "colour", "max_voxels", "manifest_spacing", "series"}
 WANDB_MODES = ("online", "offline", "disabled", "shared")
 
 
@@ -104,8 +107,11 @@ def _section_faults(plain: Mapping[str, Any]) -> tuple[list[str], set[str]]:
 def _keywords(section: str, options: Mapping[str, Any]) -> dict[str, bool]:
   """Returns {keyword: whether it must be given} of the unit behind a section."""
   if section == "data":
-    known = names.without(names.parameters(pipeline.open_data), "seed", "quarantine", "progress")
-    return {**names.without(known, "require_spacing"), "split_column": False}
+    known = names.without(
+        names.parameters(pipeline.open_data), "seed", "quarantine", "progress", "host",
+        "require_spacing",
+    )
+    return {**known, "split_column": False, "storage": False}
   if section == "augment":
     return names.parameters(augment.make_augment)
   if section == "optimizer":
@@ -163,9 +169,21 @@ def _geometry_faults(plain: Mapping[str, Any]) -> list[str]:
   where = "augment.crop" if crop else "data.canvas"
   patch = tuple(plain["model"]["patch"])
   faults = [f"{where} {voxels}: {f}" for f in grid_faults(voxels, patch)]
-  faults += [
-      f"augment: {f}" for f in augment.augment_faults(plain["augment"], (1, *canvas))
-  ]
+  canvases = {"": canvas} | {
+      name: tuple(own["canvas"])
+      for name, own in plain["data"].get("sources", {}).items()
+      if isinstance(own, Mapping) and len(own.get("canvas", ())) == 3
+  }
+  for name, own in canvases.items():
+    faults += [
+        f"augment{f' of data.sources.{name}' if name else ''}: {f}"
+        for f in augment.augment_faults(plain["augment"], (1, *own))
+    ]
+    if tuple(own) != tuple(canvas) and not crop:
+      faults.append(
+          f"data.sources.{name}.canvas: {own} is not data.canvas {canvas}; the model "
+          "has one grid, so give both or an augment.crop that fits in each"
+      )
   return faults
 
 
@@ -183,54 +201,31 @@ def _mask_faults(plain: Mapping[str, Any]) -> list[str]:
 
 
 def _data_faults(plain: Mapping[str, Any]) -> list[str]:
-  """The manifest, names, shares of the splits, ranges."""
+  """Tables, sources, readers, operations, storage, shares of the splits, ranges."""
   data = {k: v for k, v in plain["data"].items() if v not in ("", (), {})}
-  faults = []
-  manifest = data.get("manifest", "")
-  if not manifest:
-    faults.append(
-        "data.manifest: empty; give your own table with --config.data.manifest=FILE "
-        "(columns participant_id, filepath, ...), or run the embedded corpus with "
-        "the arm :sample"
-    )
-  if manifest.startswith("phantom:") and manifest[8:] not in units.PHANTOMS:
-    faults.append(
-        f"data.manifest: no embedded corpus {manifest!r}; there are "
-        + ", ".join(f"phantom:{key}" for key in units.PHANTOMS)
-    )
-  try:
-    ops.check_options(data.get("resample", "resize"), data.get("dtype", "uint8"))
-  except ValueError as error:
-    faults.append(f"data.{error}")
+  faults = _source_faults(data) + _table_faults("data", data)
   if data.get("validate", "read") not in ("read", "lazy"):
     faults.append(f"data.validate: {data['validate']!r} is none of read, lazy")
-  if data.get("threads", 1) < 1:
-    faults.append(f"data.threads: {data['threads']} must be at least 1")
-  if not 0 <= data.get("max_bad_fraction", 0.0) <= 1:
-    faults.append(f"data.max_bad_fraction: {data['max_bad_fraction']} is not in [0, 1]")
+  for key, least in (("threads", 1), ("workers", 0)):
+    if data.get(key, least) < least:
+      faults.append(f"data.{key}: {data[key]} must be at least {least}")
+  if not data.get("timeout_s", 1.0) > 0:
+    faults.append(f"data.timeout_s: {data['timeout_s']} must be above 0")
+  for key in ("max_bad_fraction", "max_lost_fraction"):
+    if not 0 <= data.get(key, 0.0) <= 1:
+      faults.append(f"data.{key}: {data[key]} is not in [0, 1]")
   if data.get("cache", "none") not in ("memory", "none"):
     if data.get("validate", "read") == "lazy":
       faults.append(
           f"data.cache: {data['cache']!r} is filled before step 1; it needs "
           "data.validate=read"
       )
-    if "://" in data["cache"]:
-      faults.append(f"data.cache: {data['cache']!r} must be a local folder")
-  for key in ("max_records", "cache_bytes", "max_voxels"):
-    if data.get(key, 0) < 0:
-      faults.append(f"data.{key}: {data[key]} must not be negative")
-  for key in ("canvas", "fov_mm", "spacing_mm"):
-    if key in data and (len(data[key]) != 3 or min(data[key]) <= 0):
-      faults.append(f"data.{key}: {data[key]} must be three numbers (Z, Y, X) above 0")
-  if data.get("colour", "reject") not in ("reject", "luminance"):
-    faults.append(f"data.colour: {data['colour']!r} is none of reject, luminance")
-  fields = {f.name for f in dataclasses.fields(manifest_lib.Row)}
-  for key in ("filters", "exclude", "stratify"):
-    faults += [
-        f"data.{key}: no field {field!r} of a recording; closest: "
-        f"{names.closest(field, fields)}"
-        for field in data.get(key, ()) if field not in fields
-    ]
+    if "://" in data["cache"] and not data["cache"].startswith("gs://"):
+      faults.append(f"data.cache: {data['cache']!r} must be a local folder or gs://")
+  if data.get("cache_bytes", 0) < 0:
+    faults.append(f"data.cache_bytes: {data['cache_bytes']} must not be negative")
+  faults += _storage_faults(data.get("storage", {}))
+  faults += _field_faults("data.stratify", data.get("stratify", ()))
   splits = data.get("splits", {})
   if not data.get("split_column"):
     shares = ", ".join(f"{k} {v}" for k, v in splits.items()) or "none"
@@ -238,6 +233,105 @@ def _data_faults(plain: Mapping[str, Any]) -> list[str]:
       faults.append(f"data.splits: {shares}; needs train, and shares above 0")
     elif abs(sum(splits.values()) - 1) > 1e-6:
       faults.append(f"data.splits: {shares} add to {sum(splits.values()):g}, not 1")
+  return faults
+
+
+def _source_faults(data: Mapping[str, Any]) -> list[str]:
+  """One manifest or several sources; how they are mixed."""
+  sources, faults = data.get("sources", {}), []
+  if not sources and not data.get("manifest"):
+    faults.append(
+        "data.manifest: empty; give your own table with --config.data.manifest=FILE "
+        "(columns participant_id, filepath, ...), or run the embedded corpus with "
+        "the arm :sample"
+    )
+  if sources and data.get("manifest"):
+    faults.append(
+        f"data.manifest: {data['manifest']!r} beside data.sources "
+        f"{', '.join(sources)}; give one or the other"
+    )
+  mixture = data.get("mixture", "weighted")
+  if mixture not in mixture_lib.MIXTURES:
+    near = names.closest(mixture, mixture_lib.MIXTURES)
+    faults.append(f"data.mixture: {mixture!r} is none of {near}")
+  for name, own in sources.items():
+    place = f"data.sources.{name}"
+    if not isinstance(own, Mapping):
+      faults.append(f"{place}: {own!r} is not a dict of options")
+      continue
+    faults += _keyword_faults(place, own, dict.fromkeys(pipeline.SOURCE_KEYS, False))
+    faults += _table_faults(place, own)
+    if not own.get("manifest"):
+      faults.append(f"{place}.manifest: missing")
+    weight = own.get("weight", 1.0)
+    if not 0 < weight < float("inf"):
+      faults.append(f"{place}.weight: {weight} must be a number above 0")
+    if "weight" in own and mixture == "concatenate":
+      faults.append(
+          f"{place}.weight: {weight} has no say in data.mixture 'concatenate'; use "
+          "'weighted' or 'alternate'"
+      )
+    for key in ("canvas", "dtype"):
+      if mixture != "alternate" and own.get(key, data.get(key)) != data.get(key):
+        faults.append(
+            f"{place}.{key}: {own[key]} is not data.{key} {data.get(key)}; rows of one "
+            "batch are alike, only data.mixture 'alternate' keeps sources apart"
+        )
+  return faults
+
+
+def _table_faults(place: str, data: Mapping[str, Any]) -> list[str]:
+  """What a manifest and the way from its files to canvases may say, here or there."""
+  faults = []
+  manifest = data.get("manifest", "")
+  if manifest.startswith("phantom:") and manifest[8:] not in units.PHANTOMS:
+    faults.append(
+        f"{place}.manifest: no embedded corpus {manifest!r}; there are "
+        + ", ".join(f"phantom:{key}" for key in units.PHANTOMS)
+    )
+  try:
+    ops.check_options(data.get("resample", "resize"), data.get("dtype", "uint8"))
+  except ValueError as error:
+    faults.append(f"{place}.{error}")
+  for key in ("max_records", "max_voxels"):
+    if data.get(key, 0) < 0:
+      faults.append(f"{place}.{key}: {data[key]} must not be negative")
+  for key in ("canvas", "fov_mm", "spacing_mm"):
+    if key in data and (len(data[key]) != 3 or min(data[key]) <= 0):
+      faults.append(
+          f"{place}.{key}: {data[key]} must be three numbers (Z, Y, X) above 0"
+      )
+  if data.get("colour", "reject") not in readers.COLOURS:
+    faults.append(
+        f"{place}.colour: {data['colour']!r} is none of {', '.join(readers.COLOURS)}"
+    )
+  reader = units.filled_in(data.get("reader", {}))
+  known = {f.name for f in dataclasses.fields(readers.ReadOptions)} - _SAID_ELSEWHERE
+  faults += _keyword_faults(f"{place}.reader", reader, dict.fromkeys(known, False))
+  faults += [f"{place}.reader: {fault}" for fault in readers.read_option_faults(reader)]
+  faults += [f"{place}.{fault}" for fault in ops.op_faults(data.get("ops", ()))]
+  for key in ("filters", "exclude"):
+    faults += _field_faults(f"{place}.{key}", data.get(key, ()))
+  return faults
+
+
+def _field_faults(place: str, given: Iterable[str]) -> list[str]:
+  fields = (*manifest_lib.FIELDS, "label")
+  return [
+      f"{place}: no field {field!r} of a recording; closest: "
+      f"{names.closest(field, fields)}"
+      for field in given if field not in fields
+  ]
+
+
+def _storage_faults(options: Mapping[str, Any]) -> list[str]:
+  known = names.without(names.parameters(storage.configure), "counts_folder")
+  faults = _keyword_faults("data.storage", options, known)
+  if "://" in (options.get("cache") or ""):
+    faults.append(f"data.storage.cache: {options['cache']!r} must be a local folder")
+  for key in ("cache_bytes", "deadline_s"):
+    if not options.get(key, 1) > 0:
+      faults.append(f"data.storage.{key}: {options[key]} must be above 0")
   return faults
 
 

@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from vjepa_jax.config import names
-from vjepa_jax.data import phantoms, pipeline
+from vjepa_jax.data import phantoms, pipeline, storage
 from vjepa_jax.train import optim, schedules
 from vjepa_jax.volumes.grid import Grid
 
@@ -23,6 +23,7 @@ def open_data(
     plain: Mapping[str, Any],
     *,
     quarantine: str | None = None,
+    host: tuple[int, int] = (0, 1),
     say: Callable[[str], None] = print,
 ) -> pipeline.Data:
   """Opens the data section; `phantom:NAME` writes the embedded corpus first.
@@ -30,25 +31,54 @@ def open_data(
   Args:
     plain: the whole config; an empty value of the section means "not given".
     quarantine: file that bad recordings are listed in.
+    host: (this host, hosts).
     say: gets a line now and then while data are read.
   """
-  section = filled_in(plain["data"])
-  if column := section.pop("split_column", ""):
-    section["splits"] = column
-  # A recording of fewer voxels than a patch would be made up by resampling.
-  section.setdefault("min_size", tuple(plain["model"]["patch"][1:]))
-  # Positions in mm of an unknown spacing would make every feature NaN.
-  section["require_spacing"] = plain["model"].get("rope_units", "index") == "mm"
-  if section["manifest"].startswith("phantom:"):
-    section["manifest"] = phantom_manifest(section["manifest"], say)
+  section = data_options(plain, say)
 
   def progress(done: int, total: int) -> None:
     if done == total or done % max(total // 4, 1) == 0:
       say(f"read {done} of {total} files")
 
   return pipeline.open_data(
-      **section, seed=plain["seed"], quarantine=quarantine, progress=progress
+      **section, seed=plain["seed"], quarantine=quarantine, host=host,
+      progress=progress,
   )
+
+
+def data_options(
+    plain: Mapping[str, Any], say: Callable[[str], None] = print
+) -> dict[str, Any]:
+  """Returns the data section as keywords of `pipeline.open_data` and `plan`.
+
+  `phantom:NAME` becomes the path of its manifest; the corpus is written if absent.
+  `data.storage` is set for this process and those that it starts.
+  """
+  section = dict(plain["data"])
+  given = {
+      name: _source(own) for name, own in (section.pop("sources", None) or {}).items()
+  }
+  section = filled_in(section)
+  # What is not given, or False, leaves the environment's own settings.
+  storage.configure(**{k: v for k, v in section.pop("storage", {}).items() if v})
+  if column := section.pop("split_column", ""):
+    section["splits"] = column
+  # A recording of fewer voxels than a patch would be made up by resampling.
+  section.setdefault("min_size", tuple(plain["model"]["patch"][1:]))
+  # Positions in mm of an unknown spacing would make every feature NaN.
+  section["require_spacing"] = plain["model"].get("rope_units", "index") == "mm"
+  if given:
+    section["sources"] = given
+  for table in (section, *given.values()):
+    if table.get("manifest", "").startswith("phantom:"):
+      table["manifest"] = phantom_manifest(table["manifest"], say)
+  return section
+
+
+def _source(options: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what a source says of itself: an empty tuple is its own value there."""
+  kept = filled_in(options)
+  return kept | {k: v for k, v in options.items() if v == () and k not in kept}
 
 
 def filled_in(section: Mapping[str, Any]) -> dict[str, Any]:

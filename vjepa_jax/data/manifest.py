@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import io
+import json
 import math
 from typing import Any
 
@@ -22,8 +23,14 @@ DEVICES = (
     "heidelberg_spectralis", "topcon_triton", "topcon_maestro2", "zeiss_cirrus"
 )
 FIELDS = (
-    "participant", "device", "region", "imaging", "laterality", "geometry", "site"
+    "participant", "device", "region", "imaging", "laterality", "geometry", "site",
+    "modality", "source",
 )
+# Why a row may leave without a word of alarm: it was asked for, or it is there twice.
+_ASKED = ("filtered_", "excluded_", "max_records", "duplicate_")
+# A datalist of MONAI's or nnU-Net's kind names the split by its key.
+_DATALIST_KEYS = {"image": "filepath", "image_path": "filepath"}
+_DATALISTS = ("training", "train", "validation", "val", "test", "testing")
 _NONE = ("", "nan", "none", "null", "n/a", "na")
 # "none" is what a class without a finding is often called.
 _NO_LABEL = tuple(name for name in _NONE if name != "none")
@@ -49,6 +56,14 @@ class Row:
       nan, null or n/a.
     split: from a split column, or "".
     spacing: (dz, dy, dx) in mm of the manifest, NaN where not given.
+    modality: such as "OPT", "MR", "CT"; "unknown" where not given.
+    axes: letters of the stored axes, such as "TZYX", or "".
+    key: name of the array in a file that holds several, or "".
+    series: SeriesInstanceUID, for one series of several in a folder, or "".
+    time_step_s: seconds between time points; NaN where not given.
+    size: bytes of the file, or None.
+    checksum: "md5:..." or "crc32c:...", in hex, or "".
+    source: name of the table it comes from, in a mixture of several.
   """
 
   path: str
@@ -62,6 +77,29 @@ class Row:
   label: str | None = None
   split: str = ""
   spacing: tuple[float, float, float] = (math.nan, math.nan, math.nan)
+  modality: str = "unknown"
+  axes: str = ""
+  key: str = ""
+  series: str = ""
+  time_step_s: float = math.nan
+  size: int | None = None
+  checksum: str = ""
+  source: str = ""
+
+  @property
+  def id(self) -> str:
+    """What tells this recording from all others: its path, or a part of a file."""
+    return "::".join(filter(None, (self.path, self.series, self.key)))
+
+  def read_options(self) -> dict[str, Any]:
+    """Returns what the row states for `readers.read`; what it leaves open is absent."""
+    options: dict[str, Any] = {"manifest_spacing": self.spacing}
+    for name in ("axes", "key", "series"):
+      if getattr(self, name):
+        options[name] = getattr(self, name)
+    if not math.isnan(self.time_step_s):
+      options["time_step_s"] = self.time_step_s
+    return options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +110,15 @@ class Manifest:
     path: the manifest.
     rows: what is kept.
     lost: rows dropped, by reason.
+    unexplained: the dropped rows that nobody asked to drop, each with its reason.
+    total: rows of the table.
   """
 
   path: str
   rows: tuple[Row, ...]
   lost: Mapping[str, int]
+  unexplained: tuple[tuple[Row, str], ...] = ()
+  total: int = 0
 
 
 def read_manifest(
@@ -90,7 +132,14 @@ def read_manifest(
     exclude: Mapping[str, Sequence[str] | str] | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Manifest:
-  """Reads a TSV or CSV manifest, local or `gs://`.
+  """Reads a TSV, CSV or JSON manifest, local or `gs://`.
+
+  JSON is a list of objects, {"data": [...]}, or a datalist {"training": [{"image":
+  ...}], ...}, whose keys become the column `split`. Of the columns are known:
+  participant_id, filepath, device, anatomic_region, imaging, laterality, geometry,
+  site or clinical_site, modality, number_of_frames, pixel_spacing [dy, dx] and
+  slice_thickness (mm) or spacing [dz, dy, dx], sop_instance_uid, axes, key,
+  series_instance_uid, time_step_s, size, checksum.
 
   Args:
     path: the manifest; needs the columns participant_id and filepath.
@@ -101,8 +150,8 @@ def read_manifest(
       serve where the manifest lacks them.
     split: column with the split, here or in `participants`.
     filters: keep only rows whose field has one of these values; fields are
-      participant, device, region, imaging, laterality, geometry, site, label
-      ("unlabelled" where there is none).
+      participant, device, region, imaging, laterality, geometry, site, modality,
+      label ("unlabelled" where there is none).
     exclude: drop rows whose field has one of these values.
     columns: {column this library knows: its name in this file}.
 
@@ -110,9 +159,9 @@ def read_manifest(
     The kept rows and a count of the dropped by reason.
 
   Raises:
-    DataError: missing columns (all at once, with the closest names), a file of
-      two participants, a participant listed twice in `participants`, unknown
-      fields, or a filter value that no row has.
+    DataError: missing columns (all at once, with the closest names), JSON of another
+      kind, a file of two participants, a participant listed twice in `participants`,
+      unknown fields, or a filter value that no row has.
     ReadError: if a table cannot be fetched.
   """
   table, names = _read_table(path)
@@ -124,22 +173,30 @@ def read_manifest(
   _check_columns(participants or path, sorted(known), wanted)
   root = storage.parent(path) if root is None else root
   lost: collections.Counter[str] = collections.Counter()
+  unexplained = []
   rows: dict[str, Row] = {}
   uids = set()
   for line, cells in enumerate(table, 2):
     person = people.get(cells.get(columns.get("participant_id", "participant_id")))
+    row, uid = _to_row(_joined(cells, person), columns, root, label, split)
     if participants and person is None:
-      lost["not_in_participants"] += 1
-      continue
-    row, uid = _to_row({**(person or {}), **cells}, columns, root, label, split)
-    reason = _reason_to_drop(row, uid, rows, uids, f"{path}:{line}")
+      reason = "not_in_participants"
+    else:
+      reason = _reason_to_drop(row, uid, rows, uids, f"{path}:{line}")
     if reason:
       lost[reason] += 1
+      if not is_explained(reason):
+        unexplained.append((row, reason))
       continue
     uids.add(uid)
-    rows[row.path] = row
+    rows[row.id] = row
   kept = _filter(path, list(rows.values()), filters or {}, exclude or {}, lost)
-  return Manifest(path, tuple(kept), dict(lost))
+  return Manifest(path, tuple(kept), dict(lost), tuple(unexplained), len(table))
+
+
+def is_explained(reason: str) -> bool:
+  """Says whether rows lost for this reason were asked to go, or are there twice."""
+  return reason.startswith(_ASKED)
 
 
 def split_by_participant(
@@ -235,8 +292,16 @@ def label_names(rows: Iterable[Row]) -> tuple[str, ...]:
   return tuple(sorted(names, key=lambda n: (_number(n) is None, _number(n) or 0., n)))
 
 
+def device_of(path: str) -> str:
+  """Returns the device that a component of the path names; else "unknown"."""
+  parts = path.lower().split("/")
+  return next((device for device in DEVICES if device in parts), "unknown")
+
+
 def _read_table(path: str) -> tuple[list[dict[str, str]], list[str]]:
   text = storage.read_bytes(path).decode("utf-8-sig", errors="replace")
+  if path.endswith(".json") or text.lstrip()[:1] in ("{", "["):
+    return _read_json(path, text)
   head = text.split("\n", 1)[0]
   if path.endswith(".tsv"):
     delimiter = "\t"
@@ -252,6 +317,56 @@ def _read_table(path: str) -> tuple[list[dict[str, str]], list[str]]:
       for cells in reader
   ]
   return table, names
+
+
+def _read_json(path: str, text: str) -> tuple[list[dict[str, str]], list[str]]:
+  """Reads a list of objects, {"data": [...]}, or a datalist keyed by split."""
+  try:
+    tree = json.loads(text)
+  except ValueError as error:
+    raise DataError(f"{path}: is not JSON: {error}") from error
+  if isinstance(tree, dict) and isinstance(tree.get("data"), list):
+    tree = tree["data"]
+  groups = {"": tree} if isinstance(tree, list) else tree
+  table = []
+  for split, entries in groups.items():
+    if not isinstance(entries, list):
+      continue  # name, description, numTraining, ... of a datalist
+    for entry in entries:
+      bare = isinstance(entry, str) and split in _DATALISTS
+      cells = {"filepath": entry} if bare else entry
+      if not isinstance(cells, dict):
+        break  # a list of other things, such as the names of classes
+      table.append(_json_cells(path, cells, split))
+  if not table:
+    raise DataError(
+        f"{path}: holds no list of objects; wanted [{{...}}], {{\"data\": [...]}} or "
+        "{\"training\": [{\"image\": ...}], ...}"
+    )
+  return table, list(dict.fromkeys(name for cells in table for name in cells))
+
+
+def _json_cells(path: str, entry: Mapping[str, Any], split: str) -> dict[str, str]:
+  cells = {"split": split} if split else {}
+  for name, value in entry.items():
+    if name in _DATALIST_KEYS and isinstance(value, list):
+      raise DataError(
+          f"{path}: {name} {value} is a list; a recording is one file: join its "
+          "channels first, or give each its own row"
+      )
+    name = _DATALIST_KEYS.get(name, name)
+    cells[name] = "" if value is None else (
+        value.strip() if isinstance(value, str) else json.dumps(value)
+    )
+  return cells
+
+
+def _joined(
+    cells: Mapping[str, str], person: Mapping[str, str] | None
+) -> dict[str, str]:
+  """Returns a row's cells, and the participant's where the row leaves one empty."""
+  own = {k: v for k, v in cells.items() if v.lower() not in _NO_LABEL}
+  return {**cells, **(person or {}), **own}
 
 
 def _check_columns(path: str, found: Sequence[str], wanted: Sequence[str]):
@@ -297,12 +412,12 @@ def _to_row(
         return value
     return ""
 
-  path = get("filepath")
+  path = get("filepath").removeprefix("./")
   name = cells.get(columns.get(label, label), "") if label else ""
   row = Row(
       path=storage.join(root, path) if path else "",
       participant=get("participant_id"),
-      device=get("device") or _device_of(path),
+      device=get("device") or device_of(path),
       region=get("anatomic_region") or "unknown",
       imaging=get("imaging") or "unknown",
       laterality=get("laterality") or "unknown",
@@ -310,7 +425,16 @@ def _to_row(
       site=get("site", "clinical_site") or "unknown",
       label=None if name.lower() in _NO_LABEL else name,
       split=get(split) if split else "",
-      spacing=_spacing_of(get("pixel_spacing"), get("slice_thickness")),
+      spacing=_spacing_of(
+          get("spacing"), get("pixel_spacing"), get("slice_thickness")
+      ),
+      modality=get("modality") or "unknown",
+      axes=get("axes").upper(),
+      key=get("key"),
+      series=get("series_instance_uid"),
+      time_step_s=_positive(get("time_step_s")),
+      size=int(_number(get("size")) or 0) or None,
+      checksum=get("checksum"),
   )
   return row, get("sop_instance_uid")
 
@@ -322,19 +446,14 @@ def _reason_to_drop(
     return "no_participant"
   if not row.path:
     return "no_filepath"
-  if row.path in rows:
-    if rows[row.path].participant != row.participant:
+  if row.id in rows:
+    if rows[row.id].participant != row.participant:
       raise DataError(
-          f"{where}: {row.path} belongs to participants "
-          f"{rows[row.path].participant} and {row.participant}; keep one row"
+          f"{where}: {row.id} belongs to participants "
+          f"{rows[row.id].participant} and {row.participant}; keep one row"
       )
     return "duplicate_row"
   return "duplicate_uid" if uid and uid in uids else None
-
-
-def _device_of(path: str) -> str:
-  parts = path.lower().split("/")
-  return next((device for device in DEVICES if device in parts), "unknown")
 
 
 def _geometry_of(get: Any) -> str:
@@ -343,13 +462,23 @@ def _geometry_of(get: Any) -> str:
   return "line" if _number(get("number_of_frames")) == 1 else "raster"
 
 
-def _spacing_of(pixel: str, thickness: str) -> tuple[float, float, float]:
-  """Returns (dz, dy, dx) of "[dy, dx]" and a thickness, NaN where unreadable."""
-  cells = pixel.strip("[]()").replace("\\", ",").split(",")
-  values = [_number(cell) for cell in (thickness, *cells)]
-  if len(values) != 3:
-    values = [values[0], None, None]
-  return tuple(v if v is not None and v > 0 else math.nan for v in values)
+def _spacing_of(
+    whole: str, pixel: str, thickness: str
+) -> tuple[float, float, float]:
+  """Returns (dz, dy, dx) of "[dz, dy, dx]", else of a thickness and "[dy, dx]"."""
+  cells = _cells_of(whole) if whole else [thickness, *_cells_of(pixel)]
+  if len(cells) != 3:
+    cells = ["" if whole else thickness, "", ""]
+  return tuple(map(_positive, cells))
+
+
+def _cells_of(text: str) -> list[str]:
+  return text.strip("[]() ").replace("\\", ",").split(",")
+
+
+def _positive(text: str) -> float:
+  value = _number(text)
+  return value if value is not None and value > 0 else math.nan
 
 
 def _number(text: str) -> float | None:

@@ -1,75 +1,131 @@
 """Canvases written once as ArrayRecord shards, read back in any order.
 
-A DICOM file costs tens of milliseconds to seconds to decode and resample, its
-canvas a few to read. The shards are those of a tensorflow-datasets builder
-(`file_format="array_record"`; TensorFlow is not needed), in a folder named by a
-hash of the rows and the options, so that another canvas never meets them.
+A scan costs tens of milliseconds to seconds to decode and resample, its canvas
+one to read. A prepared folder, local or `gs://`, is one that tensorflow-datasets
+opens (`builder_from_directory`; TensorFlow is not needed), with an index of byte
+ranges for our own reading. Its name is a hash of the rows and the options, so that
+another canvas never meets it. `notes.json` is written last: a folder without it is
+unfinished. See `shard_writing` for how it is made.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import bisect
+from collections.abc import Iterable, Mapping, Sequence
 import hashlib
 import json
-import os
-import re
-import shutil
+import posixpath
+import types
 from typing import Any
-import zlib
 
 import numpy as np
 
-from vjepa_jax.data import storage
+from vjepa_jax.data import array_records, file_cache, storage
+from vjepa_jax.data.array_records import Place
 from vjepa_jax.data.manifest import Row
-from vjepa_jax.data.record import DataError, Record
+from vjepa_jax.data.record import DataError, ReadError, Record
 
-_VERSION = "1.0.1"
-_NOTES = "notes.json"
-_SHARD_BYTES = 512 << 20
+VERSION = "2.0.0"
+NOTES, INDEX = "notes.json", "index.json"
 
 
-class Shards:
-  """The canvases of one split, in the order written; opened on first use.
+class Shards(Sequence[Record]):
+  """The canvases of one split, in the order written; picklable, holds no handles.
 
   Args:
-    path: folder that `write` made.
+    path: folder that `shard_writing.prepare` made, local or `gs://`.
     split: name of the split.
+
+  Attributes:
+    path: as given.
   """
 
   def __init__(self, path: str, split: str):
-    self._path = path
+    self.path = path
     self._split = split
-    self._source = None
-
-  def __getstate__(self) -> dict[str, Any]:
-    return {**self.__dict__, "_source": None}  # A worker opens its own handles.
+    self._files: list[str] = []
+    self._stamps: dict[str, str] = {}
+    self._places: list[tuple[int, Place]] | None = None
 
   def __len__(self) -> int:
-    return len(self._open())
+    return len(self._opened())
 
   def __getitem__(self, index: int) -> Record:
     """Returns one canvas.
 
     Raises:
-      DataError: if what was stored is damaged (ArrayRecord holds checksums).
+      DataError: naming shard and row, if what was stored is damaged or cannot be
+        fetched.
     """
-    try:
-      example = self._open()[index]
-      facts = json.loads(example["facts"])
-    except (ValueError, RuntimeError) as error:
-      raise DataError(
-          f"{self._path}: {self._split} {index} is damaged ({error}); delete the "
-          "folder to write it again"
-      ) from error
-    return Record(
-        np.frombuffer(example["volume"], facts["dtype"]).reshape(facts["shape"]),
-        example["spacing"], facts["source"], subject=facts["subject"],
-        mean=facts["mean"], std=facts["std"], meta=facts["meta"],
-    )
+    return self.read_into(index, None)
 
-  def _open(self):
-    if self._source is None:
-      builder = _tfds().builder_from_directory(self._path)
-      self._source = builder.as_data_source(split=_name_of(self._split))
-    return self._source
+  def read_into(self, index: int, out: np.ndarray | None) -> Record:
+    """Reads a canvas straight to where it is wanted, such as a row of a batch.
+
+    Args:
+      index: of the canvas.
+      out: C-contiguous, of the canvas's shape and dtype; None: a new array.
+
+    Returns:
+      The Record, whose volume is `out`.
+
+    Raises:
+      DataError: as of `[index]`.
+      ValueError: if `out` does not fit.
+    """
+    index = range(len(self))[index]
+    number, place = self._opened()[index]
+    file = storage.join(self.path, self._files[number])
+    if out is None:
+      flat = np.empty(place.volume, np.uint8)
+    elif out.flags.c_contiguous and out.nbytes == place.volume:
+      flat = out.reshape(-1).view(np.uint8)
+    else:
+      raise ValueError(
+          f"{file}: out is {out.dtype} {out.shape}, of {out.nbytes} bytes or not "
+          f"contiguous; the canvas has {place.volume}"
+      )
+    try:
+      if storage.is_remote(file):
+        head = array_records.read_bytes(self._fetch(file, place), place, flat)
+      else:
+        head = array_records.read_local(file, place, flat)
+      return _decode(head, flat)
+    except ReadError as error:
+      raise DataError(f"{self._split} {index}: {error}") from error
+    except (OSError, ValueError, KeyError, IndexError) as error:
+      raise DataError(
+          f"{file}: {self._split} {index} is damaged ({error}); delete the folder "
+          "and prepare it again"
+      ) from error
+
+  def _fetch(self, file: str, place: Place) -> bytes:
+    """Returns the bytes around a record of a bucket's file, or the cache's copy."""
+    stamp = self._stamps.get(file)
+    get = lambda *_, **__: types.SimpleNamespace(
+        data=storage.read_bytes(
+            file, start=place.start, stop=place.stop, expect=stamp
+        ),
+        generation=stamp,
+    )
+    cache = file_cache.configured()
+    if cache is None or not stamp:
+      return get().data
+    return cache.read(f"{file}#{place.start}", get, expect=stamp)
+
+  def _opened(self) -> list[tuple[int, Place]]:
+    if self._places is None:
+      try:
+        index = json.loads(storage.read_bytes(storage.join(self.path, INDEX)))
+        found = index[self._split]
+        if storage.is_remote(self.path):  # One request, and none for what is cached.
+          listed = storage.list_entries(self.path)
+          self._stamps = {entry.path: entry.stamp for entry in listed}
+      except (ReadError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{self.path}: no split {self._split} to read ({error})"
+        ) from error
+      self._files = found["files"]
+      self._places = [(cells[0], Place(*cells[1:])) for cells in found["places"]]
+    return self._places
 
 
 def locate(
@@ -77,131 +133,86 @@ def locate(
 ) -> str:
   """Returns the folder for the canvases of these rows under these options.
 
-  Raises:
-    ValueError: if `folder` is in a bucket; a cache is local.
+  Args:
+    folder: local or `gs://`.
+    parts: {split: rows}.
+    options: all that a canvas depends on beside its row.
   """
-  if storage.is_remote(folder):
-    raise ValueError(f"cache={folder!r}: a cache folder must be local")
+  stamps = _stamps(row.path for rows in parts.values() for row in rows)
   files = {
-      name: [(row.path, storage.stamp(row.path), row.spacing) for row in rows]
+      name: [(row.id, stamps[row.path], row.read_options()) for row in rows]
       for name, rows in parts.items()
   }
-  text = json.dumps([_VERSION, files, options], sort_keys=True, default=str)
-  return os.path.join(folder, hashlib.sha256(text.encode()).hexdigest()[:16])
+  return storage.join(folder, digest([VERSION, files, options]))
 
 
 def read_notes(path: str) -> dict[str, Any] | None:
-  """Returns what was stored beside the shards, or None where there are none."""
-  file = os.path.join(path, _NOTES)
-  return json.loads(storage.read_bytes(file)) if os.path.exists(file) else None
+  """Returns what was stored beside the shards, or None where they are unfinished.
 
-
-def write(
-    path: str,
-    streams: Mapping[str, Iterable[Record]],
-    finish: Callable[[], Mapping[str, Any]],
-) -> None:
-  """Writes canvases in order, reads them back, then gives them their name.
-
-  Until the last step everything lies in a folder of another name, so that a run
-  cut short leaves nothing that a later one would trust.
-
-  Args:
-    path: folder to make.
-    streams: {split: canvases}.
-    finish: called when all are written; what it returns is stored as notes, and
-      what it raises leaves no cache behind.
-
-  Raises:
-    DataError: if a split is empty or what is read back differs.
+  Returns:
+    {"options", "bad": [[row id, reason, detail]], "facts": {row id: facts}}, both in
+    the order of the rows.
   """
-  partial = f"{path}.writing-{os.getpid()}"
-  shutil.rmtree(partial, ignore_errors=True)
-  os.makedirs(partial)
-  try:
-    sums = _write_splits(partial, streams)
-    notes = finish()
-    _verify(partial, sums)
-    storage.write_bytes(
-        os.path.join(partial, _NOTES), json.dumps(notes, default=str).encode()
-    )
-    try:
-      os.rename(partial, path)
-    except OSError:
-      if read_notes(path) is None:  # Else another process was first: same canvases.
-        raise
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+  file = storage.join(path, NOTES)
+  return json.loads(storage.read_bytes(file)) if storage.exists(file) else None
 
 
-def _write_splits(
-    path: str, streams: Mapping[str, Iterable[Record]]
-) -> dict[str, list[int]]:
-  tfds = _tfds()
-  info = tfds.core.DatasetInfo(
-      builder=tfds.core.DatasetIdentity(
-          name="canvases", version=tfds.core.Version(_VERSION), data_dir=path,
-          module_name=__name__,
-      ),
-      description="Canvases of vjepa_jax.",
-      features=tfds.features.FeaturesDict({
-          "volume": tfds.features.Tensor(shape=(), dtype=np.object_),
-          "spacing": tfds.features.Tensor(shape=(4,), dtype=np.float32),
-          "facts": tfds.features.Text(),
-      }),
+def digest(value: Any) -> str:
+  """Returns a short hash of what JSON can hold."""
+  return hashlib.sha256(to_json(value)).hexdigest()[:16]
+
+
+def to_json(value: Any) -> bytes:
+  """Returns JSON of one form only; what JSON has no word for becomes text."""
+  return json.dumps(value, sort_keys=True, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, np.ndarray | np.generic):
+    return value.tolist()
+  return str(value)
+
+
+def _decode(head: bytes, flat: np.ndarray) -> Record:
+  features = array_records.decode_head(head)
+  facts = json.loads(features["facts"])
+  return Record(
+      flat.view(facts["dtype"]).reshape(facts["shape"]), features["spacing"],
+      facts["source"], subject=facts["subject"], mean=facts["mean"], std=facts["std"],
+      meta=facts["meta"],
   )
-  sums: dict[str, list[int]] = {name: [] for name in streams}
-  writer = None
-  for name, records in streams.items():
-    for record in records:
-      if writer is None:
-        # The builder that generates sorts all examples of a split in memory; the
-        # sequential writer holds one.
-        writer = tfds.core.SequentialWriter(
-            info, max(1, _SHARD_BYTES // record.volume.nbytes),
-            file_format="array_record",
-        )
-        writer.initialize_splits([_name_of(n) for n in streams])
-      example = _encode(record)
-      sums[name].append(zlib.crc32(example["volume"]))
-      writer.add_examples({_name_of(name): [example]})
-  if writer is not None:
-    writer.close_all()
-  return sums
 
 
-def _encode(record: Record) -> dict[str, Any]:
-  facts = {
-      "shape": record.volume.shape, "dtype": record.volume.dtype.name,
-      "mean": record.mean, "std": record.std, "source": record.source,
-      "subject": record.subject, "meta": dict(record.meta),
-  }
-  return {
-      "volume": record.volume.tobytes(), "spacing": record.spacing,
-      "facts": json.dumps(facts, default=str),
-  }
+def _stamps(paths: Iterable[str]) -> dict[str, str]:
+  """Returns {path: what changes when its file is replaced}, "" where there is none.
+
+  One listing serves all objects of a bucket: a request each takes minutes.
+  """
+  paths = sorted(set(paths))
+  stamps = {path: storage.stamp(path) for path in paths if not storage.is_remote(path)}
+  buckets: dict[str, list[str]] = {}
+  for path in paths:
+    if storage.is_remote(path):
+      buckets.setdefault(path.split("/")[2], []).append(path)
+  for members in buckets.values():
+    if len(members) == 1:
+      stamps[members[0]] = storage.stamp(members[0])
+      continue
+    stamps |= _listed_stamps(members)
+  return stamps
 
 
-def _name_of(split: str) -> str:
-  """Returns a name that tensorflow-datasets takes; "all" is its own, "a+b" a sum."""
-  return "part_" + re.sub(r"\W", "_", split)
-
-
-def _verify(path: str, sums: Mapping[str, Sequence[int]]):
-  for name, expected in sums.items():
-    if not expected:
-      raise DataError(f"split {name} has no good file left to cache")
-    found = Shards(path, name)
-    if len(found) != len(expected):
-      raise DataError(
-          f"{path}: {name} holds {len(found)} canvases, {len(expected)} were written"
-      )
-    for index, crc in enumerate(expected):
-      if zlib.crc32(np.ascontiguousarray(found[index].volume)) != crc:
-        raise DataError(f"{path}: {name} {index} reads back differently")
-
-
-def _tfds():
-  import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
-
-  return tfds
+def _listed_stamps(paths: Sequence[str]) -> dict[str, str]:
+  root = posixpath.commonpath([path[len("gs://"):] for path in paths])
+  listed = storage.list_entries(f"gs://{root}")
+  names = [entry.path for entry in listed]
+  stamps = {}
+  for path in paths:
+    first, last = bisect.bisect_left(names, path), bisect.bisect_left(names, f"{path}0")
+    # A file is one entry, a folder all that lie below it ("0" comes after "/").
+    own = [
+        f"{entry.path} {entry.stamp}" for entry in listed[first:last]
+        if entry.path == path or entry.path.startswith(f"{path}/")
+    ]
+    stamps[path] = digest(own) if own else ""
+  return stamps

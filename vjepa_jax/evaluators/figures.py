@@ -1,6 +1,6 @@
 """Figures of a run: masks on scans of each device, token features as colours."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,13 +69,15 @@ class Evaluator:
 
   def run(self, params: Any, model_state: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the figures named above for these parameters."""
-    scans, tokens, foregrounds, masks = [], [], [], []
+    scans, tokens, foregrounds, masks, states = [], [], [], [], []
     draw_masks = "masks" in self._functions and not self._masks_drawn
     for batch in pipeline.eval_batches(self._volumes, self._batch_size, self._rows):
       features = self._functions["features"](params, model_state, batch)
       grid = features.grid
       real = np.flatnonzero(batch["_mask"])
-      states = self._states(params, model_state, batch, grid) if draw_masks else None
+      if draw_masks:
+        splits = self._functions["masks"](params, model_state, batch)
+        states = token_states(splits, len(batch["_mask"]), grid.tokens)
       bright = foreground_tokens(batch["volume"], grid, self._foreground)
       volumes = centre_crop(batch["volume"], grid)
       found = np.asarray(features.tokens, np.float32)
@@ -93,23 +95,6 @@ class Evaluator:
         scans, colours, foregrounds, sections=self._sections
     )
 
-  def _states(self, params, model_state, batch, grid: Grid) -> list[np.ndarray]:
-    """Returns for each mask group what every token is, int8 [B, N]."""
-    splits = self._functions["masks"](params, model_state, batch)
-    states = []
-    for split in splits:
-      state = np.full((len(batch["_mask"]), grid.tokens), drawing.UNUSED, np.int8)
-      for ids, valid, value in (
-          (split.context, split.context_valid, drawing.CONTEXT),
-          (split.target, split.target_valid, drawing.TARGET),
-      ):
-        ids = np.asarray(ids)
-        keep = np.ones(ids.shape, bool) if valid is None else np.asarray(valid)
-        rows = np.broadcast_to(np.arange(len(ids))[:, None], ids.shape)
-        state[rows[keep], ids[keep]] = value
-      states.append(state)
-    return states
-
   def _scan(self, batch, volumes: np.ndarray, row: int) -> drawing.Scan:
     found = self._volumes.rows[int(batch["index"][row])]
     volume = volumes[row].astype(np.float32).mean(axis=-1)
@@ -118,6 +103,32 @@ class Evaluator:
         volume=volume[volume.shape[0] // 2],
         spacing_mm=tuple(float(s) for s in batch["spacing"][row][1:]),
     )
+
+
+def token_states(splits: Sequence[Any], rows: int, tokens: int) -> list[np.ndarray]:
+  """Returns for each mask group what every token is, int8 [B, N].
+
+  Args:
+    splits: `volumes.masks.Split` a group.
+    rows: volumes of the batch, B.
+    tokens: of a volume, N.
+
+  Returns:
+    `report.figures.CONTEXT`, `TARGET` or `UNUSED` of each token.
+  """
+  states = []
+  for split in splits:
+    state = np.full((rows, tokens), drawing.UNUSED, np.int8)
+    for ids, valid, value in (
+        (split.context, split.context_valid, drawing.CONTEXT),
+        (split.target, split.target_valid, drawing.TARGET),
+    ):
+      ids = np.asarray(ids)
+      keep = np.ones(ids.shape, bool) if valid is None else np.asarray(valid)
+      places = np.broadcast_to(np.arange(len(ids))[:, None], ids.shape)
+      state[places[keep], ids[keep]] = value
+    states.append(state)
+  return states
 
 
 def _middle(tokens: np.ndarray, grid: Grid) -> np.ndarray:
