@@ -85,25 +85,29 @@ def load(workdir: str, *, step: int | None = None, best: bool = False) -> Encode
   """Loads the encoders of a V-JEPA run.
 
   Args:
-    workdir: of `python -m vjepa_jax.main`.
+    workdir: of `python -m vjepa_jax.main`, local or `gs://`.
     step: of a checkpoint; None: the last.
     best: take the checkpoint that the probe chose, not the last.
 
   Raises:
     FileNotFoundError: if the folder is no run.
+    WorkdirError: if its bucket refuses, or is out of reach.
     CheckpointError: if there is no such checkpoint, or it does not fit.
   """
   import json
-  import pathlib
 
   import jax
   import jax.numpy as jnp
 
   from vjepa_jax import config as config_lib
   from vjepa_jax.train import checkpoint
+  from vjepa_jax.train import workdir as workdir_lib
 
-  folder = pathlib.Path(workdir)
-  plain = json.loads((folder / "config.json").read_text())
+  folder = workdir_lib.open_path(workdir)
+  content = workdir_lib.read_bytes(folder / "config.json")
+  if content is None:
+    raise FileNotFoundError(f"{folder} holds no config.json; it is no run's workdir")
+  plain = json.loads(content)
   # Lengths move no parameter; a share of a long run is no 0.
   objective = config_lib.build_objective(plain, total_steps=10**6, steps_per_epoch=10**3)
   grid = config_lib.model_grid(plain)

@@ -2,40 +2,72 @@
 
   python -m vjepa_jax.main --config=configs/oct_multi.py:sample --workdir=runs/sample
 
-The workdir then holds config.json, data_report.json, quarantine.tsv,
-metrics.jsonl, TensorBoard events, checkpoints/, figures/ and report.json. Exit
-codes: 0 done; 2 a config or data that cannot run; 143 or 130 stopped by SIGTERM
-or SIGINT after saving.
+The workdir, local or gs://bucket/folder, then holds config.json, data_report.json,
+quarantine.tsv, metrics.jsonl, TensorBoard events, checkpoints/, figures/ and
+report.json. With --preflight nothing is trained: what a run needs is tried on a few
+volumes. Exit codes: 0 done; 2 a config or data that cannot run; 75 a bucket was out
+of reach for too long, the same command goes on; 143 or 130 stopped by SIGTERM or
+SIGINT after saving.
 """
 
 from collections.abc import Mapping
+import contextlib
+import functools
 import json
-import pathlib
+import os
 import sys
 from typing import Any
 
 from absl import app, flags, logging
-from etils import epath
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import config_flags
+import numpy as np
 
 from vjepa_jax import config as config_lib
+from vjepa_jax.config import preflight
 from vjepa_jax.data import pipeline
 from vjepa_jax.data.record import DataError, ReadError
 from vjepa_jax.report import summary
-from vjepa_jax.train import loop, metrics
+from vjepa_jax.train import checkpoint, loop, metrics
+from vjepa_jax.train import workdir as workdir_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "FILE.py[:ARG] of the experiment; --config.KEY=VALUE overrides.",
     lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; default runs/NAME of the config."
+    "workdir", None,
+    "Folder of the run, local or gs://; default runs/NAME of the config.",
 )
+
+
+class _CountParser(flags.ArgumentParser):
+  """A count that may be left out, as in --preflight."""
+
+  syntactic_help = "a number"
+
+  def parse(self, argument: Any) -> int:
+    words = {"true": preflight.VOLUMES, "false": 0}
+    count = words.get(str(argument))
+    count = int(argument) if count is None else count
+    if count < 0:
+      raise ValueError("must not be negative")
+    return count
+
+
+_PREFLIGHT = flags.DEFINE_flag(flags.Flag(
+    _CountParser(), flags.ArgumentSerializer(), "preflight", 0,
+    f"Trains nothing; tries what a run needs on so many volumes "
+    f"({preflight.VOLUMES} where no number is given).", boolean=True,
+))
+_BUCKET_LOST = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may start it again
 # What may differ between a run and its continuation.
 _FREE = (
     "train", "evals", "wandb", "data.threads", "data.cache_bytes",
-    "data.max_bad_fraction",
+    "data.max_bad_fraction", "data.max_lost_fraction", "data.workers",
+    "data.timeout_s", "data.storage.cache", "data.storage.cache_bytes",
+    "data.storage.deadline_s", "data.storage.anonymous",
 )
 _FIXED_IN_TRAIN = ("batch_size",)
 _LENGTHS = ("train.total_steps", "train.total_epochs", "train.steps_per_epoch")
@@ -48,49 +80,69 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   config = _CONFIG.value
   try:
+    workdir = _WORKDIR.value or f"runs/{config.name}"
+    if _PREFLIGHT.value:
+      sys.exit(2 if try_run(config, workdir, _PREFLIGHT.value) else 0)
     config_lib.check_config(config)
-    workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name}")
     train(config, workdir)
-  except (config_lib.ConfigError, DataError, ReadError) as error:
-    print(error, file=sys.stderr)
-    sys.exit(2)
+  except (
+      config_lib.ConfigError, DataError, ReadError, checkpoint.CheckpointError,
+      workdir_lib.WorkdirError,
+  ) as error:
+    print(error, file=sys.stderr, flush=True)
+    if not _is_bucket_lost(error):
+      sys.exit(2)
+    # Threads that still wait for the bucket would hold the process.
+    sys.stdout.flush()
+    os._exit(_BUCKET_LOST)
 
 
-def train(config: Any, workdir: pathlib.Path) -> None:
+def train(config: Any, workdir: str | os.PathLike[str]) -> None:
   """Runs an experiment in a workdir and writes its report.
 
   Args:
     config: a checked ConfigDict.
-    workdir: local folder, made where absent.
+    workdir: local or `gs://`, made where absent.
 
   Raises:
     ConfigError: if the workdir holds a run of another config.
     DataError: if the data cannot be used.
     ReadError: if the manifest itself cannot be fetched.
+    CheckpointError: if the last checkpoint is damaged or does not fit.
+    WorkdirError: if the bucket of the workdir is out of reach.
   """
   plain = config_lib.as_plain(config)
+  workdir = workdir_lib.open_path(workdir)
   check_continuation(workdir, plain)
-  workdir.mkdir(parents=True, exist_ok=True)
+  first = jax.process_index() == 0
+  if first:  # Before the data are read: an unwritable workdir is told at once.
+    _write_json(workdir / "config.json", plain)
   experiment = config_lib.build(config, quarantine=str(workdir / "quarantine.tsv"))
   data, options = experiment.data, experiment.options
-  if jax.process_index() == 0:
-    _write_json(workdir / "config.json", plain)
+  if first:
     _write_json(workdir / "data_report.json", data.report)
     print(format_data(data.report))
   held_out = data.splits.get("validation")
   threads = plain["data"].get("threads", 2)
-  try:
+  with contextlib.ExitStack() as stack:
+    stack.callback(data.close)
+    if first:
+      stack.push(functools.partial(_write_report_of, data, workdir))
+    train_iterator = pipeline.train_iterator(
+        data.splits["train"],
+        batch_size=options.batch_size // jax.process_count(),
+        seed=config.seed,
+        threads=threads,
+        shard=(jax.process_index(), jax.process_count()),
+        workers=data.workers,
+        exchange=_exchange,
+    )
+    stack.callback(train_iterator.close)
     loop.run(
         objective=experiment.objective,
         optimizer=experiment.optimizer,
         augment=experiment.augment,
-        train_iterator=pipeline.train_iterator(
-            data.splits["train"],
-            batch_size=options.batch_size // jax.process_count(),
-            seed=config.seed,
-            threads=threads,
-            shard=(jax.process_index(), jax.process_count()),
-        ),
+        train_iterator=train_iterator,
         workdir=workdir,
         options=options,
         config=plain,
@@ -101,17 +153,41 @@ def train(config: Any, workdir: pathlib.Path) -> None:
         ),
         evaluators=experiment.evaluators,
     )
-  finally:
-    # Lazy reading learns of bad files on the way.
-    if jax.process_index() == 0:
-      _write_json(workdir / "data_report.json", data.report)
-  if jax.process_index() == 0:
+  if first:
     report = summary.write_report(workdir, metrics.read(workdir))
     print(summary.format_report(report))
     print(f"figures, report and checkpoints are in {workdir}")
 
 
-def check_continuation(workdir: pathlib.Path, plain: Mapping[str, Any]) -> None:
+def _write_report_of(data: pipeline.Data, workdir, kind, *unused) -> None:
+  """Writes what lazy reading has learnt; a lost bucket takes no report."""
+  if kind is None or not issubclass(kind, workdir_lib.WorkdirError):
+    _write_json(workdir / "data_report.json", data.report)
+
+
+def _exchange(share: pipeline.HostShare) -> list[pipeline.HostShare]:
+  """Returns what every process says that it will read."""
+  text = json.dumps([share.host, share.hosts, share.order, share.draws.tolist()])
+  words = np.frombuffer(text.encode(), np.uint8)
+  longest = int(multihost_utils.process_allgather(np.int32(len(words))).max())
+  padded = np.pad(words, (0, longest - len(words)), constant_values=ord(" "))
+  told = [
+      json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)
+  ]
+  return [
+      pipeline.HostShare(host, hosts, order, np.array(draws, np.uint64))
+      for host, hosts, order, draws in told
+  ]
+
+
+def try_run(config: Any, workdir: str | os.PathLike[str], volumes: int) -> int:
+  """Prints what `preflight.run` finds, and returns the number of faults."""
+  plain = config_lib.as_plain(config)
+  checks = {"continuation": lambda: check_continuation(workdir, plain)}
+  return preflight.run(config, workdir, volumes=volumes, checks=checks).faults
+
+
+def check_continuation(workdir: str | os.PathLike[str], plain: Mapping[str, Any]) -> None:
   """Refuses to go on from the checkpoints of another config.
 
   A workdir without a checkpoint has nothing to go on from. Another length is
@@ -120,11 +196,13 @@ def check_continuation(workdir: pathlib.Path, plain: Mapping[str, Any]) -> None:
   Raises:
     ConfigError: lists every key that differs and matters.
   """
+  workdir = workdir_lib.open_path(workdir)
   path = workdir / "config.json"
   saved = plain["train"].get("checkpoint_dir") or workdir / "checkpoints"
-  if not path.exists() or not any(epath.Path(saved).glob("[0-9]*")):
+  content = workdir_lib.read_bytes(path)
+  if content is None or not any(workdir_lib.open_path(saved).glob("[0-9]*")):
     return
-  found, wanted = _flat(json.loads(path.read_text())), _flat(json.loads(json.dumps(plain)))
+  found, wanted = _flat(json.loads(content)), _flat(json.loads(json.dumps(plain)))
   differing = [
       key for key in sorted(found.keys() | wanted.keys())
       if found.get(key) != wanted.get(key)
@@ -178,8 +256,20 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def _write_json(path: pathlib.Path, value: Any) -> None:
-  path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+def _is_bucket_lost(error: BaseException | None) -> bool:
+  """Says whether an error comes from a bucket that cannot be reached for now."""
+  while error is not None:
+    if isinstance(error, workdir_lib.WorkdirError):
+      return True
+    if isinstance(error, ReadError) and error.reason == "unreachable":
+      return True
+    error = error.__cause__
+  return False
+
+
+def _write_json(path: os.PathLike[str], value: Any) -> None:
+  text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+  workdir_lib.write_bytes(path, text.encode())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 
 import jax
 import numpy as np
@@ -28,9 +30,70 @@ def test_looking_ahead_loses_neither_the_batch_nor_the_place():
   assert same(feed.take(), first)
 
 
+class Slow:
+  """Batches of one number, each after some time; counts what was read."""
+
+  def __init__(self, seconds):
+    self.seconds, self.read = seconds, 0
+
+  def __next__(self):
+    time.sleep(self.seconds)
+    self.read += 1
+    return {"volume": np.full((2, 1), self.read)}
+
+  def get_state(self):
+    return {"read": self.read}
+
+  def set_state(self, state):
+    self.read = state["read"]
+
+
+def test_the_next_batch_is_read_and_put_while_a_step_runs():
+  putters = []
+
+  def put(batch):
+    putters.append(threading.current_thread())
+    time.sleep(0.03)
+    return batch
+
+  feed = watch.Feed(Slow(0.03), put)
+  feed.take()
+  first = feed.waited
+  assert first > 0.05
+  for _ in range(10):
+    time.sleep(0.12)  # the step
+    feed.take()
+  feed.close()
+  assert feed.waited - first < 0.15  # 0.6 if the batches were read in between
+  assert threading.main_thread() not in putters
+
+
+def test_the_place_is_that_of_the_batches_taken():
+  source = Slow(0.0)
+  feed = watch.Feed(source)
+  assert feed.get_state() == {"read": 0}
+  for number in range(1, 4):
+    assert feed.take()["volume"][0, 0] == number
+    assert feed.get_state() == {"read": number}
+  assert feed.peek()["volume"][0, 0] == 4 and source.read == 4
+  assert feed.get_state() == {"read": 3}
+  feed.set_state({"read": 1})
+  assert feed.get_state() == {"read": 1}
+  assert feed.take()["volume"][0, 0] == 2
+  feed.close()
+
+
+class Ended:
+  def __next__(self):
+    raise StopIteration
+
+  def get_state(self):
+    return {}
+
+
 def test_training_data_that_end_are_an_error():
   with pytest.raises(ValueError, match="the iterator has ended"):
-    watch.Feed(iter([])).take()
+    watch.Feed(Ended()).take()
 
 
 def test_a_first_signal_is_remembered_and_the_second_acts():

@@ -8,7 +8,6 @@ needs no display and shares no state with a user's own plots.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import math
-import pathlib
 from typing import Any
 
 import cv2
@@ -93,6 +92,38 @@ def mask_panel(
     titles += [f"mask {group + 1}: B-scan"] + [f"mask {group + 1}: en face"] * face
   _title_grid(axes, titles, scans)
   _mask_legend(figure)
+  return _pixels(figure)
+
+
+def grid_panel(scans: Sequence[Scan], dims: Sequence[int]) -> np.ndarray:
+  """Draws scans as the model gets them, with the borders of their tokens.
+
+  A row a scan: its middle B-scan, the section along Z through its brightest row of
+  tokens, and its middle section across (Z against Y).
+
+  Args:
+    scans: S volumes.
+    dims: tokens along (z, y, x).
+
+  Returns:
+    uint8 [H, W, 3].
+  """
+  figure, axes, shape = _scan_grid(scans, 3)
+  step = scans[0].volume.shape[1] / dims[1]
+  for row, scan in enumerate(scans):
+    level = int((_brightest(scan.volume, dims[1]) + 0.5) * step)
+    sections = {
+        "yx": scan.volume[shape[0] // 2], "zx": scan.volume[:, level],
+        "zy": scan.volume[:, :, shape[2] // 2],
+    }
+    for axis, (plane, section) in zip(axes[row], sections.items(), strict=True):
+      _show(axis, _grey(section, scan.volume), scan, plane, shape)
+      _rule_tokens(axis, [dims["zyx".index(a)] for a in plane])
+  _title_grid(axes, ["B-scan", "en face", "across"], scans)
+  figure.supxlabel(
+      f"Lines: borders of {' x '.join(map(str, dims))} tokens (z, y, x)",
+      fontsize=8, color=_MUTED,
+  )
   return _pixels(figure)
 
 
@@ -245,12 +276,9 @@ def series(
   return np.array(steps), np.array(values, float)
 
 
-def write_png(path: str | pathlib.Path, image: np.ndarray) -> None:
-  """Writes uint8 [H, W, 3] to `path`, making its folder."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  encoded = cv2.imencode(".png", image[..., ::-1])[1]  # OpenCV wants BGR
-  path.write_bytes(encoded.tobytes())
+def encode_png(image: np.ndarray) -> bytes:
+  """Returns uint8 [H, W, 3] as a PNG file."""
+  return cv2.imencode(".png", image[..., ::-1])[1].tobytes()  # OpenCV wants BGR
 
 
 def _loss_panel(axis, history):
@@ -396,6 +424,15 @@ def _show(axis, picture, scan: Scan, plane: str, shape, *, interpolation="neares
   axis.tick_params(length=0, labelsize=7, colors=_MUTED, pad=1)
   for spine in axis.spines.values():
     spine.set_visible(False)
+
+
+def _rule_tokens(axis, counts: Sequence[int]) -> None:
+  right, bottom = axis.get_xlim()[1], axis.get_ylim()[0]
+  style = dict(color="#f0c000", linewidth=0.4, alpha=0.6)
+  for line in range(1, counts[0]):
+    axis.axhline(bottom * line / counts[0], **style)
+  for line in range(1, counts[1]):
+    axis.axvline(right * line / counts[1], **style)
 
 
 def _title_grid(axes, titles, scans) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 import json
 import math
 import os
-import pathlib
 from typing import Any
 
 from absl import logging
+from etils import epath
 
 from vjepa_jax.report import figures as drawing
 
@@ -94,24 +94,21 @@ def write_report(
   the figure is left out, and a line says so.
 
   Args:
-    workdir: of the run.
+    workdir: of the run, local or `gs://`.
     metrics: lines of its metrics.jsonl.
     figures: whether to draw.
 
   Returns:
     The report.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = epath.Path(workdir)
   config = _read_json(workdir / "config.json")
   report = summarize(metrics, _read_json(workdir / "data_report.json"), config)
-  # Written aside and renamed: a reader never sees half a report.
-  partial = workdir / "report.json.partial"
-  partial.write_text(json.dumps(_finite(report), indent=2) + "\n")
-  os.replace(partial, workdir / "report.json")
+  _write(workdir / "report.json", (json.dumps(_finite(report), indent=2) + "\n").encode())
   if figures and drawing.has_curves(metrics):
     try:
       image = drawing.curves(metrics, title=str((config or {}).get("name", "")))
-      drawing.write_png(workdir / "figures" / "curves.png", image)
+      _write(workdir / "figures" / "curves.png", drawing.encode_png(image))
     except ImportError as error:
       logging.warning("figures/curves.png is not drawn: %s", error)
   return report
@@ -207,8 +204,19 @@ def _find(config: Mapping[str, Any], key: str) -> Any:
   return next((v[key] for v in sections if key in v), None)
 
 
-def _read_json(path: pathlib.Path) -> Any:
+def _read_json(path: epath.Path) -> Any:
   return json.loads(path.read_text()) if path.exists() else None
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+  """Writes a file of which no reader sees half; a bucket's objects come whole."""
+  if "://" in str(path):
+    path.write_bytes(content)
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(path.name + ".partial")
+  partial.write_bytes(content)
+  os.replace(partial, path)
 
 
 def _finite(value: Any) -> Any:

@@ -5,12 +5,12 @@ import json
 import os
 from typing import Any, Protocol
 
-from etils import epath
 from grain import checkpoint as grain_checkpoint
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from vjepa_jax.train import workdir as workdir_lib
 from vjepa_jax.train.optim import named_leaves
 
 _policies = ocp.checkpoint_managers
@@ -64,10 +64,11 @@ class Checkpoints:
     """
     if best_mode not in (None, "max", "min"):
       raise ValueError(f"checkpoints: best_mode {best_mode!r} is none of 'max', 'min'")
-    self.directory = epath.Path(directory)
-    if "://" not in str(directory):
+    self.directory = workdir_lib.open_path(directory)
+    if not workdir_lib.is_remote(directory):
       self.directory = self.directory.expanduser().resolve()
     self._keep, self._mode = keep, best_mode
+    self._failed = False
     self._manager = ocp.CheckpointManager(
         self.directory,
         item_handlers={
@@ -120,6 +121,9 @@ class Checkpoints:
       extra: the loop's own numbers, as JSON.
       iterator: the training data, whose place is kept.
       metric: what "best" is ranked by.
+
+    Raises:
+      WorkdirError: this save or the one before it failed.
     """
     if step in self._manager.all_steps():
       return
@@ -130,10 +134,12 @@ class Checkpoints:
     }
     if iterator is not None:
       items["data"] = grain_checkpoint.CheckpointSave(_Place(iterator))
-    self._manager.save(
-        step,
-        args=ocp.args.Composite(**items),
-        metrics=None if metric is None else {"metric": float(metric)},
+    self.wait()
+    metrics = None if metric is None else {"metric": float(metric)}
+    self._write(
+        lambda: self._manager.save(
+            step, args=ocp.args.Composite(**items), metrics=metrics
+        )
     )
 
   def restore(
@@ -179,10 +185,14 @@ class Checkpoints:
 
     Raises:
       CheckpointError: no such step, or a damaged file.
+      Exception: what the iterator raises where its data are not those of the place.
     """
     self._check_exists(step)
-    args = ocp.args.Composite(data=grain_checkpoint.CheckpointRestore(_Place(iterator)))
+    place = _Place(iterator)
+    args = ocp.args.Composite(data=grain_checkpoint.CheckpointRestore(place))
     self._read(step, lambda: self._manager.restore(step, args=args))
+    # Apart from reading: that the data are others is no damage of the checkpoint.
+    place.go()
 
   def config(self, step: int) -> dict[str, Any]:
     """Returns the experiment's JSON that was saved with a step.
@@ -212,12 +222,43 @@ class Checkpoints:
         self._manager.delete(later)
 
   def wait(self) -> None:
-    """Returns once nothing is being saved; raises what went wrong on the way."""
-    self._manager.wait_until_finished()
+    """Returns once nothing is being saved.
+
+    Raises:
+      WorkdirError: a save failed, or its bucket is out of reach.
+    """
+    wait = self._manager.wait_until_finished
+    self._write(lambda: workdir_lib.watched(wait, self.directory))
 
   def close(self) -> None:
-    """Waits and releases threads."""
-    self._manager.close()
+    """Waits and releases threads; nothing is waited for after a save has failed.
+
+    Raises:
+      WorkdirError: as `wait`.
+    """
+    if not self._failed:
+      self.wait()
+      self._manager.close()
+
+  def abandon(self) -> None:
+    """Makes `close` wait for nothing: the bucket is known to be lost."""
+    self._failed = True
+
+  def _write(self, act: Callable[[], Any]) -> None:
+    """Names the folder and a way out when something cannot be saved."""
+    try:
+      act()
+    except workdir_lib.WorkdirError:
+      self._failed = True
+      raise
+    # The storage layers' errors have no kind in common.
+    except Exception as error:
+      self._failed = True
+      reason = " ".join(str(error).split())[:500]
+      raise workdir_lib.WorkdirError(
+          f"{self.directory}: saving failed: {type(error).__name__}: {reason}; the same "
+          "command goes on from the last complete checkpoint"
+      ) from error
 
   def _check_exists(self, step: int) -> None:
     if step not in self._manager.all_steps():
@@ -281,8 +322,12 @@ class _Place:
     return json.dumps({"json": state}).encode()
 
   def set_state(self, state: bytes) -> None:
-    kind, value = next(iter(json.loads(state).items()))
-    self._iterator.set_state(value.encode() if kind == "bytes" else value)
+    self._kind, self._state = next(iter(json.loads(state).items()))
+
+  def go(self) -> None:
+    """Sends the iterator to the place that was read."""
+    state = self._state.encode() if self._kind == "bytes" else self._state
+    self._iterator.set_state(state)
 
   def start_prefetch(self) -> None:
     """Called by grain's handler after set_state; the next read starts it anyway."""

@@ -19,12 +19,15 @@ from vjepa_jax.evaluators.base import Evaluator
 from vjepa_jax.objectives.base import Objective
 from vjepa_jax.train import checkpoint, evaluate, schedules, sharding, watch
 from vjepa_jax.train import metrics as metrics_lib
+from vjepa_jax.train import workdir as workdir_lib
 from vjepa_jax.train.optim import Optimizer
 from vjepa_jax.train.state import Augment, TrainState, init_state
 from vjepa_jax.train.step import make_train_step
 
 # Share of the time spent in waiting for data above which a log line says so.
 _MAX_DATA_WAIT = 0.2
+# What a resumed run of a bucket needs beside it.
+_GOES_ON_WITH = ("metrics.jsonl", "wandb_id.txt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +118,7 @@ def run(
     optimizer: of `optim.make_optimizer`.
     augment: host batch -> device batch, on the device.
     train_iterator: endless host batches of this process, with get_state, set_state.
-    workdir: local folder of the run.
+    workdir: of the run, local or `gs://`.
     options: what happens when.
     config: the experiment as JSON, kept in every checkpoint.
     seed: of parameters and of every draw on the device.
@@ -137,27 +140,31 @@ def run(
       tell it from a finished run. A second SIGINT interrupts at once.
     ValueError: batch, mesh or schedules that do not fit.
     KeyError: best_metric or early_stop_metric is no number of any evaluator.
+    WorkdirError: the bucket of the workdir was out of reach for too long.
   """
   mesh = mesh or sharding.make_mesh()
-  _check(options, optimizer, mesh, str(workdir))
+  _check(options, optimizer, mesh)
   if options.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", options.compilation_cache)
-  workdir, feed = pathlib.Path(workdir), watch.Feed(train_iterator)
+  feed = watch.Feed(train_iterator, functools.partial(sharding.put_batch, mesh=mesh))
   with contextlib.ExitStack() as stack:
     signals = stack.enter_context(watch.Signals())
-    saver = _Saver(workdir, feed, options, config)
+    stack.callback(feed.close)
+    files = workdir_lib.Files(workdir, fetch=_GOES_ON_WITH)
+    stack.callback(files.close)
+    saver = _Saver(str(workdir), feed, files, options, config)
     stack.callback(saver.close)
     init = functools.partial(init_state, objective, optimizer, augment)
     state, extra = _begin(init, saver, feed, mesh, options, seed)
     writer = metrics_lib.Writer(
-        workdir, restored_step=int(state.step) if saver.resumed else -1,
+        files.folder, restored_step=int(state.step) if saver.resumed else -1,
         total_steps=options.total_steps, config=config,
         tensorboard=options.tensorboard, wandb=options.wandb,
     )
     stack.callback(writer.close)
     if saver.resumed:
-      _restore_evaluators(evaluators or {}, workdir)
-    profile = watch.Profile(workdir, options.profile_from_step, options.profile_steps)
+      _restore_evaluators(evaluators or {}, files.folder)
+    profile = watch.Profile(files.folder, options.profile_from_step, options.profile_steps)
     stack.callback(profile.close)
     if eval_batches is not None:
       evaluators = {
@@ -170,7 +177,7 @@ def run(
           **(evaluators or {}),
       }
     session = _Session(
-        options=options, mesh=mesh, feed=feed, saver=saver, writer=writer,
+        options=options, mesh=mesh, feed=feed, saver=saver, files=files, writer=writer,
         profile=profile, clock=watch.Clock(feed),
         train_step=_compiled_step(objective, optimizer, augment, options, state, mesh),
         scalars=_scalars(objective, optimizer),
@@ -188,6 +195,9 @@ def run(
     _introduce(session, state)
     try:
       state = _train(session, state, signals)
+    except workdir_lib.WorkdirError:
+      saver.abandon()
+      raise
     except watch.NonFiniteError as error:
       raise watch.NonFiniteError(
           f"{error}; last checkpoint: step {saver.latest_step()} in {workdir}; look at "
@@ -206,6 +216,7 @@ class _Session:
   mesh: Mesh
   feed: watch.Feed
   saver: "_Saver"
+  files: workdir_lib.Files
   writer: metrics_lib.Writer
   profile: watch.Profile
   clock: watch.Clock
@@ -223,7 +234,7 @@ def _train(s: _Session, state: TrainState, signals: watch.Signals) -> TrainState
       _evaluate_at_start(s, state)
   while step < options.total_steps and not stop and not s.evaluations.stagnant():
     s.profile.at(step)
-    batch = sharding.put_batch(s.feed.take(), s.mesh)
+    batch = s.feed.take()
     with s.clock.step():
       state, metrics = s.train_step(state, batch)
     s.window.add(metrics)
@@ -295,6 +306,7 @@ def _log(s: _Session, state: TrainState, step: int) -> None:
     )
   if line["grad_norm"] == 0:
     s.writer.say(f"step {step}: the gradient is exactly 0; nothing is being learned")
+  s.files.check()
   s.writer.write(step, line)
   s.writer.say(metrics_lib.format_line(step, s.options.total_steps, line))
 
@@ -384,15 +396,8 @@ def _scalars(
   return at
 
 
-def _check(
-    options: LoopOptions, optimizer: Optimizer, mesh: Mesh, workdir: str
-) -> None:
+def _check(options: LoopOptions, optimizer: Optimizer, mesh: Mesh) -> None:
   """Refuses what could only fail later."""
-  if "://" in workdir:
-    raise ValueError(
-        f"workdir {workdir!r}: metrics and figures need a local or mounted folder; "
-        "only checkpoints go to a bucket, by train.checkpoint_dir"
-    )
   sharding.check_batch(options.batch_size, options.accum, mesh)
   for name in ("learning_rate", "weight_decay"):
     schedules.check_monotone(name, getattr(optimizer, name), options.total_steps)
@@ -429,13 +434,15 @@ class _Saver:
 
   def __init__(
       self,
-      workdir: pathlib.Path,
+      workdir: str,
       feed: watch.Feed,
+      files: workdir_lib.Files,
       options: LoopOptions,
       config: Mapping[str, Any],
   ):
-    self.directory = options.checkpoint_dir or str(workdir / "checkpoints")
-    self._feed, self._options, self._config = feed, options, config
+    self.directory = options.checkpoint_dir or f"{workdir.rstrip('/')}/checkpoints"
+    self._feed, self._files = feed, files
+    self._options, self._config = options, config
     self._latest = checkpoint.Checkpoints(
         self.directory, keep=options.keep, keep_every_steps=options.keep_every_steps
     )
@@ -478,6 +485,8 @@ class _Saver:
     return minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
 
   def save(self, step: int, state: TrainState, extra: Mapping[str, Any]) -> None:
+    # A checkpoint says that all lines up to it are written.
+    self._files.flush()
     self._latest.save(
         step, state, config=self._config, extra=extra, iterator=self._feed
     )
@@ -496,6 +505,11 @@ class _Saver:
     for checkpoints in (self._latest, self._best):
       if checkpoints is not None:
         checkpoints.wait()
+
+  def abandon(self) -> None:
+    for checkpoints in (self._latest, self._best):
+      if checkpoints is not None:
+        checkpoints.abandon()
 
   def close(self) -> None:
     for checkpoints in (self._latest, self._best):

@@ -16,6 +16,8 @@ import jax
 import numpy as np
 import tqdm
 
+from vjepa_jax.train import workdir as workdir_lib
+
 # What differs between two equal runs: a resume is not compared by these.
 TIMING_KEYS = ("volumes_per_s", "tokens_per_s", "data_wait", "peak_bytes", "compiles")
 
@@ -40,12 +42,18 @@ def means(total: Sums) -> dict[str, float]:
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """Returns the lines of a run's metrics.jsonl; a last line cut short is left out."""
-  path = pathlib.Path(workdir) / "metrics.jsonl"
-  if not path.exists():
-    return []
+  """Returns the lines of a run's metrics.jsonl; a last line cut short is left out.
+
+  Args:
+    workdir: local or `gs://`.
+
+  Raises:
+    WorkdirError: a bucket refuses, or is out of reach.
+  """
+  path = workdir_lib.open_path(workdir) / "metrics.jsonl"
+  content = workdir_lib.read_bytes(path) or b""
   lines = []
-  for number, text in enumerate(path.read_text().splitlines(), start=1):
+  for number, text in enumerate(content.decode().splitlines(), start=1):
     try:
       lines.append(json.loads(text))
     except json.JSONDecodeError:
@@ -84,7 +92,7 @@ class Writer:
     """Opens the workdir and drops what lies beyond the restored step.
 
     Args:
-      workdir: local folder, made where absent.
+      workdir: local folder, made where absent; `workdir.Files` for a bucket.
       restored_step: step of the checkpoint that the run resumes from; -1: none.
       total_steps: length of the progress bar on a terminal; None: no bar.
       config: the experiment, for Weights & Biases.
@@ -145,9 +153,8 @@ class Writer:
           f"{list(image.shape)}"
       )
     path = self.workdir / "figures" / f"{name}_{step:07d}.png"
-    path.parent.mkdir(exist_ok=True)
     encoded = cv2.imencode(".png", image[..., ::-1])[1]
-    path.write_bytes(encoded.tobytes())
+    workdir_lib.write_bytes(path, encoded.tobytes())
     if self._events:
       self._events.add_image(name.replace(".", "/"), image, step, dataformats="HWC")
     if self._wandb:

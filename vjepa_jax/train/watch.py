@@ -1,7 +1,9 @@
 """What the loop watches beside the step: data, time, memory, compilations, signals."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import concurrent.futures
 import contextlib
+import copy
 import functools
 import pathlib
 import resource
@@ -29,54 +31,82 @@ class NonFiniteError(FloatingPointError):
 
 
 class Feed:
-  """The training data, timed, with a look ahead that does not lose its place.
+  """The training data: timed, and read one batch ahead by a thread.
+
+  While a step runs, the thread reads the next batch and puts it on the devices. The
+  place is that of the batches taken, not of those read.
 
   Attributes:
     waited: seconds spent in waiting for batches.
   """
 
-  def __init__(self, iterator: DataIterator):
-    self._iterator = iterator
-    self._ahead: tuple[Any, Mapping[str, np.ndarray]] | None = None
+  def __init__(
+      self,
+      iterator: DataIterator,
+      put: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]] = dict,
+  ):
+    """Reads nothing yet.
+
+    Args:
+      iterator: endless host batches.
+      put: brings a host batch to the devices; called in the thread.
+    """
+    self._iterator, self._put = iterator, put
+    self._reader = concurrent.futures.ThreadPoolExecutor(1, "batches")
+    self._ahead: concurrent.futures.Future | None = None
+    self._place: Any = None
     self.waited = 0.0
 
-  def peek(self) -> Mapping[str, np.ndarray]:
-    """Returns the batch that `take` will return next."""
-    if self._ahead is None:
-      place = self._iterator.get_state()
-      self._ahead = place, self._read()
-    return self._ahead[1]
+  def peek(self) -> Mapping[str, Any]:
+    """Returns the batch that `take` will return next.
 
-  def take(self) -> Mapping[str, np.ndarray]:
+    Raises:
+      ValueError: the iterator has ended.
+    """
+    if self._ahead is None:
+      self._place = self._iterator.get_state()
+      self._ahead = self._reader.submit(self._read)
+    begin = time.perf_counter()
+    batch, _ = self._ahead.result()
+    self.waited += time.perf_counter() - begin
+    return batch
+
+  def take(self) -> Mapping[str, Any]:
     """Returns the next batch.
 
     Raises:
       ValueError: the iterator has ended.
     """
-    if self._ahead is not None:
-      batch, self._ahead = self._ahead[1], None
-      return batch
-    return self._read()
+    batch = self.peek()
+    self._place = self._ahead.result()[1]
+    self._ahead = self._reader.submit(self._read)
+    return batch
 
   def get_state(self) -> Any:
     """Returns the place before the batch that `take` will return next."""
-    return self._ahead[0] if self._ahead is not None else self._iterator.get_state()
+    return self._iterator.get_state() if self._ahead is None else self._place
 
   def set_state(self, state: Any) -> None:
     """Goes to a place of `get_state`."""
-    self._ahead = None
+    if self._ahead is not None:
+      concurrent.futures.wait([self._ahead])
+      self._ahead = None
     self._iterator.set_state(state)
 
-  def _read(self) -> Mapping[str, np.ndarray]:
-    begin = time.perf_counter()
+  def close(self) -> None:
+    """Reads no further; a batch that is being read is not waited for."""
+    self._reader.shutdown(wait=False, cancel_futures=True)
+
+  def _read(self) -> tuple[Mapping[str, Any], Any]:
     batch = next(self._iterator, None)
-    self.waited += time.perf_counter() - begin
     if batch is None:
       raise ValueError(
           "training data: the iterator has ended; it must repeat without end, with at "
           "least one whole batch an epoch"
       )
-    return batch
+    # A copy: some iterators go on counting in the state that they gave.
+    place = copy.deepcopy(self._iterator.get_state())
+    return self._put(batch), place
 
 
 class Window:
