@@ -1,6 +1,8 @@
 """Augmentation: one view a sample, its own key, and nothing that was not asked."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -181,10 +183,48 @@ def test_scale_and_shift_equal_a_numpy_reference(axis):
   volume = _batch(4, (2, 5, 9, 12))["volume"]
   factor = np.array([0.8, 1.0, 1.25, 1.1], np.float32)
   move = np.array([0.0, 2.0, -1.3, 0.4], np.float32)
-  got = lib._resample(jnp.asarray(volume), axis + 1, factor, move)
+  got = lib._resample(jnp.asarray(volume), axis + 1, factor, move, 0.25, 2.0)
   for b in range(4):
     wanted = _reference_resample(volume[b], axis, factor[b], move[b])
     np.testing.assert_allclose(got[b], wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_blocks_of_a_long_axis_see_all_they_need():
+  """At the bounds of scale and shift, and beyond one block of outputs."""
+  size = 3 * lib._BLOCK + 17
+  line = np.random.default_rng(0).normal(size=(4, 2, size)).astype(np.float32)
+  factor = np.array([0.7, 1.3, 0.7, 1.3], np.float32)
+  move = np.array([-9.0, -9.0, 9.0, 9.0], np.float32)
+  got = lib._resample(jnp.asarray(line), 2, factor, move, 0.3, 9.0)
+  for b in range(4):
+    wanted = _reference_resample(line[b], 1, factor[b], move[b])
+    np.testing.assert_allclose(got[b], wanted, atol=2e-4)
+
+
+@pytest.mark.parametrize("along", [1, 2])
+@pytest.mark.parametrize("bound", [0.02, 0.3, 1.0])
+def test_a_shear_moves_each_line_by_its_place(along, bound):
+  planes = np.random.default_rng(0).normal(size=(5, 20, 31)).astype(np.float32)
+  slope = bound * np.array([-1, -0.37, 0, 0.5, 1], np.float32)
+  got = np.asarray(lib._shear(jnp.asarray(planes), along, jnp.asarray(slope), bound))
+  lines, moved = (np.moveaxis(a, along, 2) for a in (planes, got))
+  place = np.arange(lines.shape[2])
+  for b in range(5):
+    for number, line in enumerate(lines[b]):
+      offset = slope[b] * (number - (lines.shape[1] - 1) / 2)
+      wanted = np.interp(place - offset, place, line)
+      np.testing.assert_allclose(moved[b, number], wanted, atol=1e-4)
+
+
+def test_no_voxel_is_fetched_by_an_index_of_its_own():
+  """Such a gather is the slow way on a TPU; few indices of large windows are not."""
+  lowered = _everything("shared_geometry").lower(
+      _batch(), jax.random.key(0), train=True
+  )
+  pattern = r"gather.*?\(tensor<[^>]*>, tensor<((?:\d+x)*)[a-z]+\d+>"
+  found = re.findall(pattern, lowered.as_text())
+  counts = [math.prod(map(int, sizes.split("x")[:-1])) for sizes in found]
+  assert counts and max(counts) <= 3 * 8  # The window of each crop; spacing's axes.
 
 
 def test_spacing_shrinks_as_the_image_grows():
@@ -208,26 +248,28 @@ def test_rotation_turns_a_plane_about_its_centre():
   y, x = np.meshgrid(*(np.arange(size) - size // 2,) * 2, indexing="ij")
   blob = lambda cy, cx: np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 8.0)
   volume = blob(0, 9)[None, None, None, :, :, None].astype(np.float32)
-  turned = np.asarray(lib._rotate(jnp.asarray(volume), 3, 4, jnp.array([angle])))
-  image = turned[0, 0, 0, :, :, 0]
+  plane = jnp.asarray(volume[:, 0, 0, :, :, 0])
+  image = np.asarray(lib._rotate(plane, jnp.array([angle]), angle))[0]
   centre = np.array([(image * y).sum(), (image * x).sum()]) / image.sum()
   wanted = 9 * np.array([np.sin(angle), np.cos(angle)])
   np.testing.assert_allclose(np.abs(centre), wanted, atol=0.1)
-  still = lib._rotate(jnp.asarray(volume), 3, 4, jnp.zeros(1))
-  np.testing.assert_allclose(still, volume, atol=1e-6)
+  still = lib._rotate(plane, jnp.zeros(1), angle)
+  np.testing.assert_allclose(still, plane, atol=1e-6)
 
 
 def test_quarter_turns_equal_numpy_and_take_the_spacing_along():
-  batch = _batch(4, (1, 2, 6, 6))
-  turns = jnp.arange(4)
-  volume, spacing = lib._turn(
-      jnp.asarray(batch["volume"]), jnp.asarray(batch["spacing"]), 3, 4, turns
-  )
-  for k in range(4):
-    wanted = np.rot90(batch["volume"][k], k, axes=(2, 3))
-    np.testing.assert_array_equal(volume[k], wanted)
-    pair = batch["spacing"][k, 2:]
-    np.testing.assert_array_equal(spacing[k, 2:], pair[::-1] if k % 2 else pair)
+  batch = _batch(40, (1, 2, 6, 6))
+  out = _run(batch, rot90=1.0)
+  seen = set()
+  for row in range(40):
+    turned = [np.rot90(batch["volume"][row], k, axes=(2, 3)) for k in range(4)]
+    quarters = [k for k in range(4) if np.array_equal(out["volume"][row], turned[k])]
+    assert len(quarters) == 1 and quarters[0]
+    seen |= set(quarters)
+    pair = batch["spacing"][row, 2:]
+    wanted = pair[::-1] if quarters[0] % 2 else pair
+    np.testing.assert_array_equal(out["spacing"][row, 2:], wanted)
+  assert seen == {1, 2, 3}
 
 
 def test_noise_has_the_std_asked_and_mean_0_as_often_as_asked():
@@ -237,6 +279,27 @@ def test_noise_has_the_std_asked_and_mean_0_as_often_as_asked():
   assert 18 < noisy.sum() < 46
   np.testing.assert_allclose(noise[noisy].std(), 0.3, rtol=0.02)
   np.testing.assert_allclose(noise[noisy].mean(), 0, atol=0.01)
+
+
+@pytest.mark.parametrize("generator", lib.NOISE_GENERATORS)
+def test_noise_is_normal_and_the_samples_own_whatever_draws_it(generator):
+  batch = _batch(6, (1, 4, 32, 32))
+  augment = jax.jit(
+      lib.make_augment(normalize="none", noise_std=1.0, noise_generator=generator),
+      static_argnames="train",
+  )
+  draw = lambda part: np.asarray(augment(part, jax.random.key(3), train=True)["volume"])
+  noise = draw(batch) - batch["volume"]
+  flat = noise.reshape(6, -1)
+  tails = [(np.abs(flat) > bound).mean() for bound in (1, 2, 3)]
+  np.testing.assert_allclose(tails, [0.3173, 0.0455, 0.0027], rtol=0.2)
+  assert np.abs(np.corrcoef(flat) - np.eye(6)).max() < 0.06
+  planes = np.corrcoef(noise.reshape(24, -1))
+  assert np.abs(planes - np.eye(24)).max() < 0.2
+  # Alone, in another batch, in another order: what it was among the six.
+  for rows in ([5], [4, 1], [2, 3, 0]):
+    part = {k: v[rows] for k, v in batch.items()}
+    np.testing.assert_allclose(draw(part), (batch["volume"] + noise)[rows], atol=1e-4)
 
 
 def test_brightness_contrast_and_gamma_change_what_they_should():
@@ -308,6 +371,8 @@ def test_other_types_of_key_serve_as_well(implementation):
         ({"normalize": "z-score"}, "closest: zscore"),
         ({"views": "two"}, "closest"),
         ({"rotate_axes": ("Y", "Y")}, "rotate_axes"),
+        ({"rotate": 1.0}, "rotate 1.0 must be a number in 0..0.785"),
+        ({"noise_generator": "philox"}, "closest: "),
         ({"rot90": 0.5, "rot90_axes": ("Z", "X")}, "equal length"),
     ],
 )

@@ -22,9 +22,12 @@ from pydicom.uid import (
 )
 
 from vjepa_jax.bench import common
-from vjepa_jax.data import pipeline
+from vjepa_jax.data import batches, pipeline
 
 RAW_SHAPE = (128, 885, 512)
+_BATCH = 4
+# The first batches fill memory that the later ones take over.
+_FIRST_BATCHES = 5
 
 
 def measure(
@@ -33,7 +36,7 @@ def measure(
     canvas: tuple[int, int, int],
     name: str,
     root: str | None = None,
-    volumes: int = 4,
+    volumes: int = 32,
     repeats: int = 10,
     warmup: int = 1,
 ) -> dict[str, Any]:
@@ -44,14 +47,16 @@ def measure(
     canvas: (Z, Y, X) voxels.
     name: of what is measured, for the line.
     root: what the manifest's filepath is joined to.
-    volumes: how many recordings to read, at most.
+    volumes: how many recordings to read, at most; a multiple of 4.
     repeats: timed passes, at least 5.
     warmup: untimed passes before, at least 1.
 
   Returns:
-    The numbers of `common.line`: seconds a volume for reading and resampling;
-    and volumes_per_cpu_s of `files`, of `memory` (a batch of cached canvases)
-    and of `shards` (the same from ArrayRecord).
+    The numbers of `common.line`: seconds a volume for reading and resampling the raw
+    files in order; and volumes_per_cpu_s, {source: {"eval": ..., "train": ...}}, of
+    `files`, of `memory` (cached canvases) and of `shards` (the same from ArrayRecord),
+    in batches of 4: in order, and shuffled without end. The shuffling of a handful
+    of rows costs more than a cached volume; take some tens.
   """
   options = dict(
       root=root, canvas=canvas, splits={"all": 1.0}, max_records=volumes,
@@ -67,12 +72,13 @@ def measure(
         key: _passes(data.splits["all"], repeats, warmup)
         for key, data in sources.items()
     }
-  wall, cpu = passes["files"]
+  wall, cpu = passes["files"]["eval"]
   return common.line(
       "input_rate", name, wall, cpu, unit="s a volume", canvas=list(canvas),
       volumes=len(sources["files"].splits["all"]),
       volumes_per_cpu_s={
-          key: 1 / float(np.median(seconds)) for key, (_, seconds) in passes.items()
+          key: {kind: 1 / float(np.median(cpu)) for kind, (_, cpu) in of.items()}
+          for key, of in passes.items()
       },
   )
 
@@ -80,7 +86,8 @@ def measure(
 def write_synthetic(
     folder: str | os.PathLike[str],
     *,
-    volumes: int = 2,
+    volumes: int = 32,
+    files: int = 2,
     shape: tuple[int, int, int] = RAW_SHAPE,
 ) -> str:
   """Writes uncompressed OPT DICOM files of speckle and their manifest.
@@ -88,6 +95,7 @@ def write_synthetic(
   Args:
     folder: where to.
     volumes: how many.
+    files: how many that differ; the others are links to them.
     shape: (frames, rows, columns).
 
   Returns:
@@ -96,8 +104,12 @@ def write_synthetic(
   folder = pathlib.Path(folder)
   lines = ["participant_id\tfilepath"]
   for index in range(volumes):
-    voxels = np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8)
-    _dataset(voxels).save_as(folder / f"{index}.dcm", enforce_file_format=True)
+    path = folder / f"{index}.dcm"
+    if index < files:
+      voxels = np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8)
+      _dataset(voxels).save_as(path, enforce_file_format=True)
+    else:
+      os.link(folder / f"{index % files}.dcm", path)
     lines.append(f"{index}\t/{index}.dcm")
   manifest = folder / "manifest.tsv"
   manifest.write_text("\n".join(lines) + "\n")
@@ -105,16 +117,27 @@ def write_synthetic(
 
 
 def _passes(
-    volumes: pipeline.Volumes, repeats: int, warmup: int
-) -> tuple[list[float], list[float]]:
+    volumes: batches.Volumes, repeats: int, warmup: int
+) -> dict[str, tuple[list[float], list[float]]]:
   """Returns wall and CPU seconds a volume of each pass over all of them."""
-  count = len(volumes)
-  # In order: Grain's shuffle of a handful of rows costs more than a cached volume.
-  wall, cpu = common.repeat(
-      lambda: [batch["mean"] for batch in pipeline.eval_batches(volumes, 1, threads=1)],
-      repeats=repeats, warmup=warmup,
-  )
-  return [w / count for w in wall], [c / count for c in cpu]
+  # No thread reads ahead: what a pass takes is what its volumes cost.
+  endless = batches.train_iterator(volumes, batch_size=_BATCH, seed=0, threads=0)
+  for _ in range(_FIRST_BATCHES):
+    next(endless)
+  calls = {
+      "eval": lambda: [
+          batch["mean"] for batch in batches.eval_batches(volumes, _BATCH, threads=1)
+      ],
+      "train": lambda: [
+          next(endless)["mean"] for _ in range(-(-len(volumes) // _BATCH))
+      ],
+  }
+  found = {}
+  for kind, call in calls.items():
+    wall, cpu = common.repeat(call, repeats=repeats, warmup=warmup)
+    found[kind] = tuple([s / len(volumes) for s in times] for times in (wall, cpu))
+  endless.close()
+  return found
 
 
 def _dataset(voxels: np.ndarray) -> pydicom.Dataset:
@@ -146,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
   if len(canvas) != 3:
     raise app.UsageError(f"--canvas={','.join(values.canvas)} must be Z,Y,X")
   with tempfile.TemporaryDirectory() as folder:
-    manifest = values.manifest or write_synthetic(folder)
+    manifest = values.manifest or write_synthetic(folder, volumes=values.volumes)
     common.emit(measure(
         manifest, canvas=canvas, root=values.root, volumes=values.volumes,
         name=values.manifest or "synthetic " + "x".join(map(str, RAW_SHAPE)),
@@ -158,6 +181,6 @@ if __name__ == "__main__":
   flags.DEFINE_string("manifest", None, "TSV or CSV; synthetic files by default.")
   flags.DEFINE_string("root", None, "What the manifest's filepath is joined to.")
   flags.DEFINE_list("canvas", ["64", "384", "384"], "Voxels Z,Y,X.")
-  flags.DEFINE_integer("volumes", 4, "Recordings to read, at most.", lower_bound=1)
+  flags.DEFINE_integer("volumes", 32, "Recordings to read, at most.", lower_bound=1)
   flags.DEFINE_integer("repeats", 10, "Timed passes.", lower_bound=5)
   app.run(main)

@@ -4,10 +4,16 @@ Everything is a pure function of (batch, key), jittable, and drawn for each samp
 from its own key, so that accumulation and device count change nothing. One
 geometric view serves context and target alike: token i of both is one place in
 the anatomy.
+
+No voxel is fetched through an index of its own, which a TPU does slowly: scale and
+shift are products with a matrix, a rotation is three shears of static shifts. What
+happens within a plane is done plane by plane: it stays in the cache, and XLA, which
+computes a pass anew for each of its readers, cannot join the passes of a volume.
 """
 
 from collections.abc import Callable, Mapping
 import difflib
+import math
 from typing import Any
 
 import jax
@@ -21,10 +27,15 @@ Augment = Callable[..., dict[str, jax.Array]]
 
 NORMALIZATIONS = ("zscore", "unit", "none")
 VIEWS = ("shared", "shared_geometry")
+NOISE_GENERATORS = ("threefry", "rbg")
 _PROBABILITIES = ("rot90", "noise_probability")
 _AMOUNTS = ("rotate", "brightness", "contrast", "gamma", "noise_std")
 _PER_AXIS = ("flip", "shift", "scale")
 _EPSILON = 1e-6
+# Beyond it the shears throw the corners far out; `rot90` turns further.
+_MAX_ROTATE = math.pi / 4
+# Outputs of one product; the inputs that they can need are few more.
+_BLOCK = 64
 
 
 def make_augment(
@@ -43,6 +54,7 @@ def make_augment(
     gamma: float = 0.0,
     noise_std: float = 0.0,
     noise_probability: float = 1.0,
+    noise_generator: str = "threefry",
     views: str = "shared",
 ) -> Augment:
   """Builds `augment(batch, key, *, train) -> batch`; all that varies is off by default.
@@ -55,7 +67,8 @@ def make_augment(
     flip: probability of mirroring each axis. Mirroring Y puts a retina upside down.
     shift: largest move along each axis, in voxels of the stored volume.
     scale: largest relative change of size along each axis; 0.1 draws 0.9..1.1.
-    rotate: largest angle in rad in the plane of `rotate_axes`, in voxel units.
+    rotate: largest angle in rad in the plane of `rotate_axes`, in voxel units, at
+      most pi / 4.
     rotate_axes: names of two axes.
     rot90: probability of a quarter, half or three-quarter turn.
     rot90_axes: names of two axes of equal length.
@@ -64,6 +77,9 @@ def make_augment(
     gamma: largest |log exponent|, applied between the volume's own extremes.
     noise_std: standard deviation of Gaussian noise on the normalised volume.
     noise_probability: how often there is noise.
+    noise_generator: "threefry", or "rbg", the hardware's own. Both draw for each
+      sample from its own key; rbg does so one sample after the other, on a mesh
+      every device for all of the batch, and is slower on a CPU.
     views: "shared", one volume for context and target; "shared_geometry" adds
       `volume_context`, the same geometry under its own photometric draws.
 
@@ -82,23 +98,29 @@ def make_augment(
     raise ValueError("make_augment: " + "; ".join(faults))
   photometric = {
       name: options[name]
-      for name in ("brightness", "contrast", "gamma", "noise_std", "noise_probability")
+      for name in (
+          "brightness", "contrast", "gamma", "noise_std", "noise_probability",
+          "noise_generator",
+      )
   }
 
   def augment(batch: Batch, key: jax.Array, *, train: bool) -> dict[str, jax.Array]:
     batch = dict(batch)
     volume = batch["volume"]
     _check_shape(volume, options)
-    volume = _normalize(volume, batch, normalize)
     if not train:
-      batch["volume"] = _crop(volume, crop, None)
+      batch["volume"] = _crop(_normalize(volume, batch, normalize), crop, None)
       return batch
     keys = sample_keys(key, batch["_position"])
     place_key, photo_key, context_key = (
         jax.vmap(jax.random.fold_in, (0, None))(keys, i) for i in range(3)
     )
     spacing = batch.get("spacing", jnp.full((volume.shape[0], 4), jnp.nan))
-    volume, spacing = _move(volume, spacing, place_key, options)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (19,)))(place_key)
+    # Turned in the stored type, a quarter of the bytes.
+    volume, spacing = _mirror(volume, spacing, uniform, options)
+    volume = _normalize(volume, batch, normalize)
+    volume, spacing = _move(volume, spacing, uniform, options)
     if "spacing" in batch:
       batch["spacing"] = spacing
     batch["volume"] = _shade(volume, photo_key, **photometric)
@@ -119,7 +141,10 @@ def augment_faults(
     voxels: (T, Z, Y, X) of the stored volume, where known.
   """
   faults = []
-  for name, names in (("normalize", NORMALIZATIONS), ("views", VIEWS)):
+  for name, names in (
+      ("normalize", NORMALIZATIONS), ("views", VIEWS),
+      ("noise_generator", NOISE_GENERATORS),
+  ):
     if options.get(name, names[0]) not in names:
       near = difflib.get_close_matches(str(options[name]), names, n=3, cutoff=0.0)
       faults.append(f"{name} {options[name]!r} is unknown; closest: {', '.join(near)}")
@@ -133,6 +158,7 @@ def augment_faults(
   for name in _PROBABILITIES + _AMOUNTS:
     value = options.get(name, 0.0)
     top = 1.0 if name in _PROBABILITIES else float("inf")
+    top = _MAX_ROTATE if name == "rotate" else top
     if not _numbers((value,), 1) or not 0 <= value <= top:
       faults.append(f"{name} {value!r} must be a number in 0..{top}")
   for name in ("rotate_axes", "rot90_axes"):
@@ -199,80 +225,185 @@ def _extremes(volume: jax.Array) -> tuple[jax.Array, jax.Array]:
   return volume.min(axes, keepdims=True), volume.max(axes, keepdims=True)
 
 
-def _move(
-    volume: jax.Array, spacing: jax.Array, keys: jax.Array, options: Mapping[str, Any]
+def _mirror(
+    volume: jax.Array, spacing: jax.Array, uniform: jax.Array,
+    options: Mapping[str, Any],
 ) -> tuple[jax.Array, jax.Array]:
-  """Scale, shift, rotate, crop, turn and flip, in this order."""
-  uniform = jax.vmap(lambda key: jax.random.uniform(key, (19,)))(keys)  # [B, 19]
-  signed = 2 * uniform - 1
-  for axis in range(4):
-    if options["scale"][axis] or options["shift"][axis]:
-      factor = 1 + options["scale"][axis] * signed[:, axis]
-      move = options["shift"][axis] * signed[:, 4 + axis]
-      volume = _resample(volume, axis + 1, factor, move)
-      spacing = spacing.at[:, axis].divide(factor)
-  if options["rotate"]:
-    axes = [AXES.index(a) + 1 for a in options["rotate_axes"]]
-    volume = _rotate(volume, *axes, options["rotate"] * signed[:, 8])
-  volume = _crop(volume, options["crop"], uniform[:, 9:13])
+  """Quarter turns and flips; the other moves favour no side, so they may follow."""
+  plane = [AXES.index(a) for a in options["rot90_axes"]]
+  mirrored = uniform[:, 15:] < jnp.asarray(options["flip"])  # [B, 4]
+  turns = 1 + jnp.floor(uniform[:, 13] * 3).astype(jnp.int32)
+  turns = jnp.where(uniform[:, 14] < options["rot90"], turns, 0)
+
+  def change(planes: jax.Array, number: jax.Array) -> jax.Array:
+    del number
+    if options["rot90"]:
+      planes = _turn(planes, 1, 2, turns)
+    for place, axis in enumerate(plane):
+      if options["flip"][axis]:
+        planes = _flip_where(planes, 1 + place, mirrored[:, axis])
+    return planes
+
   if options["rot90"]:
-    axes = [AXES.index(a) + 1 for a in options["rot90_axes"]]
-    turns = 1 + jnp.floor(uniform[:, 13] * 3).astype(jnp.int32)
-    turns = jnp.where(uniform[:, 14] < options["rot90"], turns, 0)
-    volume, spacing = _turn(volume, spacing, *axes, turns)
-  for axis, probability in enumerate(options["flip"]):
-    if probability:
-      mirrored = _per_sample(uniform[:, 15 + axis] < probability)
-      volume = jnp.where(mirrored, jnp.flip(volume, axis + 1), volume)
+    order = jnp.asarray([
+        plane[1 - plane.index(a)] if a in plane else a for a in range(4)
+    ])
+    spacing = jnp.where(turns[:, None] % 2 == 1, spacing[:, order], spacing)
+  if options["rot90"] or any(options["flip"][axis] for axis in plane):
+    volume = _by_plane(change, volume, *(axis + 1 for axis in plane))
+  for axis in set(range(4)) - set(plane):
+    if options["flip"][axis]:
+      volume = _flip_where(volume, axis + 1, mirrored[:, axis])
   return volume, spacing
 
 
+def _flip_where(array: jax.Array, axis: int, mirrored: jax.Array) -> jax.Array:
+  """Mirrors the samples [B, ...] that `mirrored` [B] names."""
+  mirrored = mirrored.reshape(-1, *[1] * (array.ndim - 1))
+  return jnp.where(mirrored, jnp.flip(array, axis), array)
+
+
+def _move(
+    volume: jax.Array, spacing: jax.Array, uniform: jax.Array,
+    options: Mapping[str, Any],
+) -> tuple[jax.Array, jax.Array]:
+  """Scale, shift, rotate and crop, in this order."""
+  signed = 2 * uniform - 1
+  scale, shift = options["scale"], options["shift"]
+  within = {axis: None for axis in range(4) if scale[axis] or shift[axis]}
+  for axis in within:
+    factor = 1 + scale[axis] * signed[:, axis]
+    within[axis] = (factor, shift[axis] * signed[:, 4 + axis])
+    spacing = spacing.at[:, axis].divide(factor)
+  # Within a frame where it is the plane of the rotation as well.
+  plane = [AXES.index(a) for a in options["rotate_axes"]]
+  for axis in sorted(set(within) - set(plane)):
+    volume = _resample(volume, axis + 1, *within[axis], scale[axis], shift[axis])
+
+  def change(planes: jax.Array, number: jax.Array) -> jax.Array:
+    del number
+    for place, axis in enumerate(plane):
+      if axis in within:
+        planes = _resample(
+            planes, 1 + place, *within[axis], scale[axis], shift[axis]
+        )
+    if options["rotate"]:
+      planes = _rotate(planes, options["rotate"] * signed[:, 8], options["rotate"])
+    return planes
+
+  if options["rotate"] or set(within) & set(plane):
+    volume = _by_plane(change, volume, *(axis + 1 for axis in plane))
+  return _crop(volume, options["crop"], uniform[:, 9:13]), spacing
+
+
+def _by_plane(
+    change: Callable[[jax.Array, jax.Array], jax.Array],
+    volume: jax.Array, first: int, second: int,
+) -> jax.Array:
+  """Applies change([B, rows, columns], number) to one plane after the other."""
+  lines = jnp.moveaxis(volume, (first, second), (-2, -1))
+  planes = lines.reshape(len(volume), -1, *lines.shape[-2:])  # [B, P, rows, columns]
+
+  def body(number, planes):
+    plane = jax.lax.dynamic_index_in_dim(planes, number, 1, keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(
+        planes, change(plane, number), number, 1
+    )
+
+  planes = jax.lax.fori_loop(0, planes.shape[1], body, planes)
+  return jnp.moveaxis(planes.reshape(lines.shape), (-2, -1), (first, second))
+
+
 def _resample(
-    volume: jax.Array, axis: int, factor: jax.Array, move: jax.Array
+    array: jax.Array, axis: int, factor: jax.Array, move: jax.Array,
+    max_scale: float, max_shift: float,
 ) -> jax.Array:
   """Magnifies one axis about its centre and moves it, by linear interpolation.
 
-  As a product with a matrix [B, out, in] of two weights a row: a gather over the
-  volume is an order of magnitude slower on a TPU.
+  A product with a matrix [B, out, in] of two weights a row, in blocks: how far a
+  place can move is known, so that most of the matrix is known to be zero.
+
+  Args:
+    array: float32 [B, ...].
+    axis: not the first.
+    factor: [B].
+    move: voxels [B].
+    max_scale: bound of |factor - 1|.
+    max_shift: bound of |move|.
   """
-  size = volume.shape[axis]
+  size = array.shape[axis]
   centre = (size - 1) / 2
-  place = jnp.arange(size)
-  source = (place - centre - move[:, None]) / factor[:, None] + centre  # [B, out]
-  source = jnp.clip(source, 0, size - 1)
-  matrix = jnp.maximum(0, 1 - jnp.abs(source[:, :, None] - place))
-  letters = "btzyxc"
+  source = (jnp.arange(size) - centre - move[:, None]) / factor[:, None] + centre
+  source = jnp.clip(source, 0, size - 1)  # [B, out]
+  letters = "byxcdef"[: array.ndim]
   out = letters.replace(letters[axis], "o")
-  return jnp.einsum(
-      f"{letters},bo{letters[axis]}->{out}", volume, matrix,
-      precision=jax.lax.Precision.HIGH,
-  )  # yapf: disable
+  parts = []
+  for start in range(0, size, _BLOCK):
+    stop = min(start + _BLOCK, size)
+    low, high = _reach(start, stop, size, max_scale, max_shift)
+    near = jnp.abs(source[:, start:stop, None] - jnp.arange(low, high))
+    parts.append(jnp.einsum(
+        f"{letters},bo{letters[axis]}->{out}",
+        jax.lax.slice_in_dim(array, low, high, axis=axis), jnp.maximum(0, 1 - near),
+        precision=jax.lax.Precision.HIGH,
+    ))  # yapf: disable
+  return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
 
 
-def _rotate(volume: jax.Array, first: int, second: int, angle: jax.Array) -> jax.Array:
-  """Turns a plane by three shears, each a 1-D linear interpolation."""
-  volume = _shear(volume, second, first, -jnp.tan(angle / 2))
-  volume = _shear(volume, first, second, jnp.sin(angle))
-  return _shear(volume, second, first, -jnp.tan(angle / 2))
+def _reach(
+    start: int, stop: int, size: int, max_scale: float, max_shift: float
+) -> tuple[int, int]:
+  """Returns the range of inputs that outputs start..stop can be drawn from."""
+  centre = (size - 1) / 2
+  sources = [
+      (place - centre - move) / factor + centre
+      for place in (start, stop - 1)
+      for move in (-max_shift, max_shift)
+      for factor in (1 - max_scale, 1 + max_scale)
+  ]
+  # One more on either side: the draws are rounded.
+  low, high = math.floor(min(sources)) - 1, math.ceil(max(sources)) + 2
+  return min(max(low, 0), size - 1), max(min(high, size), 1)
+
+
+def _rotate(planes: jax.Array, angle: jax.Array, max_angle: float) -> jax.Array:
+  """Turns planes [B, rows, columns] by three shears, each a 1-D interpolation."""
+  tangent, sine = math.tan(max_angle / 2), math.sin(max_angle)
+  planes = _shear(planes, 2, -jnp.tan(angle / 2), tangent)
+  planes = _shear(planes, 1, jnp.sin(angle), sine)
+  return _shear(planes, 2, -jnp.tan(angle / 2), tangent)
 
 
 def _shear(
-    volume: jax.Array, along: int, across: int, slope: jax.Array
+    planes: jax.Array, along: int, slope: jax.Array, max_slope: float
 ) -> jax.Array:
-  """Moves each line of axis `along` by slope times its place on axis `across`."""
-  rows, size = volume.shape[across], volume.shape[along]
-  lines = jnp.moveaxis(volume, (across, along), (-2, -1))  # [B, ..., rows, size]
-  offset = slope[:, None] * (jnp.arange(rows) - (rows - 1) / 2)  # [B, rows]
-  source = jnp.clip(jnp.arange(size) - offset[:, :, None], 0, size - 1)
-  source = source.reshape(-1, 1, 1, 1, rows, size)
-  low = jnp.floor(source).astype(jnp.int32)
-  high = jnp.minimum(low + 1, size - 1)
-  weight = source - low
-  lines = (
-      jnp.take_along_axis(lines, low, axis=-1) * (1 - weight)
-      + jnp.take_along_axis(lines, high, axis=-1) * weight
+  """Moves each line of axis `along` by slope times its place on the other axis.
+
+  Whole voxels by powers of two, each line taking part or not, then the fraction.
+
+  Args:
+    planes: float32 [B, rows, columns].
+    along: 1 or 2.
+    slope: [B].
+    max_slope: bound of |slope|.
+  """
+  size, lines = planes.shape[along], planes.shape[3 - along]
+  reach = math.ceil(max_slope * (lines - 1) / 2)
+  bits = (2 * reach).bit_length()
+  offset = slope[:, None] * (jnp.arange(lines) - (lines - 1) / 2)  # [B, lines]
+  offset = jnp.expand_dims(jnp.clip(reach - offset, 0, 2 * reach), along)
+  whole = jnp.floor(offset).astype(jnp.int32)
+  pad = [(0, 0)] * 3
+  pad[along] = (reach, 2**bits - reach)
+  planes = jnp.pad(planes, pad, mode="edge")
+  cut = lambda start, length: jax.lax.slice_in_dim(
+      planes, start, start + length, axis=along
   )
-  return jnp.moveaxis(lines, (-2, -1), (across, along))
+  for bit in reversed(range(bits)):
+    length = planes.shape[along] - 2**bit
+    planes = jnp.where(whole >> bit & 1, cut(2**bit, length), cut(0, length))
+  weight = offset - whole
+  return cut(0, size) * (1 - weight) + cut(1, size) * weight
 
 
 def _crop(
@@ -293,20 +424,15 @@ def _crop(
   return jax.vmap(lambda v, s: jax.lax.dynamic_slice(v, s, size))(volume, starts)
 
 
-def _turn(
-    volume: jax.Array, spacing: jax.Array, first: int, second: int, turns: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Turns a square plane by quarters, 0..3 for each sample."""
-  odd = turns % 2 == 1
-  volume = jnp.where(_per_sample(odd), jnp.swapaxes(volume, first, second), volume)
+def _turn(array: jax.Array, first: int, second: int, turns: jax.Array) -> jax.Array:
+  """Turns a square plane of [B, ...] by quarters, 0..3 for each sample."""
+  odd = (turns % 2 == 1).reshape(-1, *[1] * (array.ndim - 1))
+  array = jnp.where(odd, jnp.swapaxes(array, first, second), array)
   # A quarter turn is a transposition and one flip, a half turn is two flips.
   for axis, flipped in ((first, (1, 2)), (second, (2, 3))):
-    mirrored = _per_sample((turns == flipped[0]) | (turns == flipped[1]))
-    volume = jnp.where(mirrored, jnp.flip(volume, axis), volume)
-  order = list(range(4))
-  order[first - 1], order[second - 1] = second - 1, first - 1
-  spacing = jnp.where(odd[:, None], spacing[:, jnp.asarray(order)], spacing)
-  return volume, spacing
+    mirrored = (turns == flipped[0]) | (turns == flipped[1])
+    array = _flip_where(array, axis, mirrored)
+  return array
 
 
 def _shade(
@@ -318,6 +444,7 @@ def _shade(
     gamma: float,
     noise_std: float,
     noise_probability: float,
+    noise_generator: str,
 ) -> jax.Array:
   """Gamma, contrast, brightness and noise, in this order."""
   uniform = jax.vmap(lambda key: jax.random.uniform(key, (4,)))(keys)
@@ -332,7 +459,28 @@ def _shade(
     volume = volume + brightness * signed[2]
   if noise_std:
     noise_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
-    noise = jax.vmap(lambda key: jax.random.normal(key, volume.shape[1:]))(noise_keys)
-    noisy = _per_sample(uniform[:, 3] < noise_probability)
-    volume = volume + jnp.where(noisy, noise_std * noise, 0)
+    std = jnp.where(uniform[:, 3] < noise_probability, noise_std, 0.0)
+    volume = _add_noise(volume, noise_keys, std, noise_generator)
   return volume
+
+
+def _add_noise(
+    volume: jax.Array, keys: jax.Array, std: jax.Array, generator: str
+) -> jax.Array:
+  """Adds normal noise of the sample's own std [B], drawn from its own key."""
+
+  def change(planes: jax.Array, number: jax.Array) -> jax.Array:
+    draws = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    if generator == "rbg":
+      # Under vmap it would draw all samples from the first one's key.
+      data = jnp.tile(jax.random.key_data(draws), 2)  # [B, 4]
+      noise = jax.lax.map(
+          lambda key: jax.random.normal(
+              jax.random.wrap_key_data(key, impl="rbg"), planes.shape[1:]
+          ), data,
+      )
+    else:
+      noise = jax.vmap(lambda key: jax.random.normal(key, planes.shape[1:]))(draws)
+    return planes + std[:, None, None] * noise
+
+  return _by_plane(change, volume, 3, 4)
