@@ -40,6 +40,29 @@ def test_what_hangs_is_ended_and_the_next_call_is_served():
   assert call(max, 3, 4) == 4
 
 
+def test_a_helper_that_was_stopped_does_not_hold_its_caller(monkeypatch):
+  monkeypatch.setattr(apart, "_GRACE_S", 0.5)
+  pid = call(os.getpid)
+  os.kill(pid, signal.SIGSTOP)
+  assert reason(max, 3, 4, timeout_s=0.5) == "timed_out"
+  monkeypatch.undo()
+  assert call(os.getpid) != pid
+
+
+def test_a_helper_that_cannot_start_is_not_the_fault_of_the_file():
+  code = (
+      "import sys\n"
+      "from vjepa_jax.data.readers import apart\n"
+      "sys.executable = '/bin/false'\n"
+      "try: apart.call(max, 3, 4, source='scan.x', timeout_s=30.0)\n"
+      "except RuntimeError as error: print(error)\n"
+  )
+  run = subprocess.run(
+      [sys.executable, "-c", code], capture_output=True, text=True, check=True
+  )
+  assert "/bin/false ended with 1" in run.stdout
+
+
 def test_what_dies_is_an_error_and_the_next_call_is_served():
   assert reason(os.abort) == "decoder_died"
   assert reason(os._exit, 0) == "decoder_died"

@@ -201,3 +201,34 @@ def test_real_arrays_under_other_names_are_read(shared):
   record = data.read(movie, axes="TYX")
   assert record.volume.shape == (48, 1, 130, 130, 1)
   np.testing.assert_array_equal(record.volume[:, 0, ..., 0], frames)
+
+
+@pytest.mark.parametrize("options, word", [
+    ({"manifest_spacing": (-1, 1, 1)}, "manifest_spacing"),
+    ({"manifest_spacing": (1, 1)}, "manifest_spacing"),
+    ({"manifest_spacing": "111"}, "manifest_spacing"),
+    ({"manifest_spacing": (np.inf, 1, 1)}, "manifest_spacing"),
+    ({"modalities": "OPT"}, "modalities"), ({"max_voxels": None}, "max_voxels"),
+    ({"max_bytes": NAN}, "max_bytes"), ({"time_step_s": "1"}, "time_step_s"),
+    ({"axes": 3}, "axes"),
+])
+def test_an_option_out_of_range_is_named(options, word):
+  with pytest.raises(ValueError, match=f"read: {word} is"):
+    ReadOptions(**options)
+
+
+def test_unknown_lengths_of_a_manifest_stay_unknown():
+  found = read(npy(make()), manifest_spacing=(NAN, np.float32(2), 3)).spacing
+  np.testing.assert_array_equal(found, [NAN, NAN, 2, 3])
+
+
+def test_values_too_small_for_float32_never_become_zeros():
+  tiny = np.full((2, 3, 4), 1e-60)
+  assert reason(npy(tiny)) == "unsupported_pixels"
+  assert not read(npy(0 * tiny)).volume.any()
+
+
+def test_a_path_object_is_a_path(tmp_path):
+  np.save(tmp_path / "a.npy", make())
+  record = data.read(tmp_path / "a.npy")
+  assert record.source == str(tmp_path / "a.npy")

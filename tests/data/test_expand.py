@@ -114,6 +114,19 @@ def test_nothing_is_written_outside_and_each_refusal_has_its_reason(place):
   )
 
 
+def test_a_name_too_long_for_a_disk_is_refused_and_its_neighbours_written(place):
+  long, deep = "n" * 250 + ".dcm", "d/" * 500 + "x.dcm"
+  source = lay(place, pack([(long, b"1"), ("a.dcm", b"2"), (deep, b"3")]))
+  report = expand.expand(source, f"{place}/out")
+  assert report["refused"] == {long: "name_too_long", deep: "name_too_long"}
+  assert report["written"] == 1 and report["missing"] == []
+
+
+def test_no_thread_is_an_error_and_not_an_empty_expansion(tmp_path):
+  with pytest.raises(ValueError, match="threads is 0"):
+    expand.expand(str(tmp_path / "x.zip"), str(tmp_path / "out"), threads=0)
+
+
 def rewrite(data: bytes, name: str, **fields) -> bytes:
   """Returns a ZIP whose directory claims other things of a member."""
   out = bytearray(data)

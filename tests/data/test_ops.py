@@ -236,6 +236,13 @@ def test_time_and_channels_pass_through_alike():
       np.testing.assert_allclose(found[t, ..., c], alone[0, ..., 0], atol=1e-6)
 
 
+def test_a_long_film_onto_a_large_canvas_is_refused_before_it_is_made():
+  film = record(np.arange(500 * 16, dtype=np.float32).reshape(500, 1, 4, 4, 1))
+  with pytest.raises(ReadError, match="500 x 64 x 384 x 384 x 1") as caught:
+    ops.resample(film, canvas=(64, 384, 384))
+  assert caught.value.reason == "too_large"
+
+
 def test_an_unknown_policy_is_named():
   with pytest.raises(ValueError, match="'zoom'.*resize"):
     ops.resample(record(np.ones((2, 2, 2), np.uint8)), canvas=(2, 2, 2), policy="zoom")

@@ -605,6 +605,71 @@ def test_a_modality_lut_is_applied_and_padding_told_as_the_voxels_have_it(dicom)
   assert read(dicom, padded).meta["padding_value"] == 5
 
 
+@pytest.mark.parametrize("dtype, lowest", [(np.uint16, 0), (np.int16, -2000)])
+def test_padding_is_told_inverted_where_the_voxels_are(dicom, dtype, lowest):
+  stored = np.array([[[lowest, 3, 40]]], dtype)
+  dataset = dicom.dataset(
+      stored, PhotometricInterpretation="MONOCHROME1", RescaleIntercept=-7
+  )
+  dataset.add_new("PixelPaddingValue", "SS" if lowest else "US", lowest)
+  record = read(dicom, dataset)
+  assert record.meta["padding_value"] == record.volume[0, 0, 0, 0, 0]
+
+
+def test_a_tilted_multi_frame_file_reads_as_the_same_series_of_slices(dicom, tmp_path):
+  volume = dicom.volume((4, 8, 10), np.int16)
+  corners = [[1.0, 3.0 * z, 5.0 * z] for z in (0, 1, 2, 4)]
+  axes = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+  frames = [{"PlanePositionSequence": {"ImagePositionPatient": c}} for c in corners]
+  shared = measures(0.5, 0.7) | {
+      "PlaneOrientationSequence": {"ImageOrientationPatient": axes}
+  }
+  whole = read(
+      dicom, dicom.dataset(volume, Modality="CT", **groups(dicom, frames, shared)),
+      modalities=None,
+  )
+  for z, corner in enumerate(corners):
+    slice_ = dicom.dataset(
+        volume[z:z + 1], Modality="CT", SeriesInstanceUID="1.2", PixelSpacing=[0.5, 0.7],
+        ImagePositionPatient=corner, ImageOrientationPatient=axes,
+    )
+    (tmp_path / f"{z}.dcm").write_bytes(dicom.to_bytes(slice_))
+  parts = data.read(str(tmp_path))
+  np.testing.assert_array_equal(whole.volume, parts.volume)
+  np.testing.assert_array_equal(whole.spacing, parts.spacing)
+  assert whole.meta["gantry_tilt_deg"] == pytest.approx(30.9638, abs=1e-4)
+  for key in (
+      "slice_positions_mm", "slice_steps_mm", "slice_shear_mm", "gantry_tilt_deg"
+  ):
+    np.testing.assert_allclose(whole.meta[key], parts.meta[key], atol=1e-6, err_msg=key)
+
+
+def test_frames_side_by_side_in_one_plane_have_no_distance(dicom):
+  frames = [
+      {"PlanePositionSequence": {"ImagePositionPatient": [0, 0, z]}} for z in range(3)
+  ]
+  axes = {"PlaneOrientationSequence": {"ImageOrientationPatient": [0, 1, 0, 0, 0, 1]}}
+  dataset = dicom.dataset(
+      dicom.volume((3, 8, 10)), **groups(dicom, frames, measures(1, 1) | axes)
+  )
+  assert math.isnan(read(dicom, dataset).spacing[1])
+
+
+def test_frames_that_visit_places_twice_without_a_time_are_no_volume(dicom):
+  frames = [place(z) for z in (0, 1, 0, 1)]
+  dataset = dicom.dataset(
+      dicom.volume((4, 8, 10)), Modality="MR", **groups(dicom, frames, measures(1, 1))
+  )
+  assert reason(read, dicom, dataset, modalities=None) == "irregular_frames"
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, io.BytesIO])
+def test_any_bytes_and_any_open_file_are_read(dicom, kind):
+  volume = dicom.volume((2, 8, 10))
+  record = readers.read_dicom(kind(dicom.to_bytes(dicom.dataset(volume))))
+  np.testing.assert_array_equal(record.volume[0, ..., 0], volume)
+
+
 def test_padding_after_the_pixels_is_let_pass_but_no_other_bytes(dicom):
   volume = dicom.volume((3, 8, 10))
   dataset = dicom.dataset(volume, PixelData=volume.tobytes() + bytes(20))

@@ -193,6 +193,15 @@ def test_each_slice_has_its_own_rescale(make_slice, write):
   assert data.read(write([d for _, d in whole], "whole")).volume.dtype == np.int16
 
 
+def test_slices_of_two_patients_are_no_series_and_their_names_stay_untold(
+    make_slice, write
+):
+  slices = [make_slice(z, PatientID=f"Name^{z}")[1] for z in (0, 1)]
+  with pytest.raises(ReadError, match="slices of 2 patients") as caught:
+    data.read(write(slices))
+  assert caught.value.reason == "irregular_frames" and "Name" not in str(caught.value)
+
+
 def test_without_positions_the_number_orders_and_dz_is_as_stated(make_slice, write):
   made = [
       make_slice(0, seed=n, ImagePositionPatient=None, InstanceNumber=n,

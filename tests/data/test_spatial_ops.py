@@ -152,6 +152,44 @@ def test_a_spacing_that_asks_for_too_much_is_refused():
   assert caught.value.reason == "too_large"
 
 
+@pytest.mark.parametrize("name, options", [
+    ("spacing", {"spacing_mm": (3, 2, 0.5)}), ("resize", {"size": (1024, 1024, 16)}),
+    ("pad_or_crop", {"size": (1024, 1024, 16)}),
+])
+def test_all_time_points_and_channels_count_before_a_result_is_made(name, options):
+  if name == "spacing":
+    options = options | {"max_voxels": 9 * 2 * 6 * 7 * 15 - 1}
+  found = record(np.zeros((9, 6, 7, 8, 2), np.uint8) if name == "spacing" else
+                 np.zeros((65, 1, 1, 1, 1), np.uint8))
+  with pytest.raises(ReadError, match="more than max_voxels") as caught:
+    apply(found, name, **options)
+  assert caught.value.reason == "too_large"
+
+
+@pytest.mark.parametrize("value", [-1, 256.0, 0.5])
+def test_padding_that_the_type_cannot_hold_is_refused_and_never_wraps(value):
+  with pytest.raises(ReadError, match="cannot be padded with") as caught:
+    apply(record(noise(dtype=np.uint8)), "pad_or_crop", size=(9, 9, 9), value=value)
+  assert caught.value.reason == "unsupported_pixels"
+  padded = apply(record(noise()), "pad_or_crop", size=(9, 9, 9), value=value)
+  assert padded.volume[0, 0, 0, 0, 0] == value
+
+
+def test_numbers_of_ops_that_are_none_are_faults():
+  steps = [
+      {"name": "pad_or_crop", "size": (1, 1, 1), "value": "x"},
+      {"name": "pad_or_crop", "size": (1, 1, 1), "value": NAN},
+      {"name": "crop_foreground", "above": NAN},
+      {"name": "crop_foreground", "margin": 0.5},
+      {"name": "normalize_intensity", "divisor": NAN},
+      {"name": "normalize_intensity", "subtrahend": (1, 2)},
+      {"name": "scale_range", "a_min": 0, "a_max": math.inf},
+  ]
+  assert [f.split("]")[0] for f in ops.op_faults(steps)] == [
+      f"ops[{n}" for n in range(len(steps))
+  ]
+
+
 def test_ops_on_values_are_those_on_arrays():
   volume = noise((2, 6, 7, 8, 3), np.uint16)
   first = np.moveaxis(volume, -1, 0)

@@ -105,6 +105,13 @@ def test_lengths_fill_only_what_the_file_leaves_open():
   assert record.meta["spacing_source"] == "file+manifest"
 
 
+def test_the_speed_at_which_imagej_plays_a_stack_is_no_time_step():
+  how = {"axes": "TYX", "unit": "um", "fps": 7.0}
+  assert np.isnan(read(write(make(), imagej=True, metadata=how)).spacing[0])
+  timed = read(write(make(), imagej=True, metadata=how | {"finterval": 2.5}))
+  assert timed.spacing[0] == 2.5
+
+
 def test_a_printer_s_resolution_is_no_length():
   record = read(write(make(), resolution=(72, 72), resolutionunit="INCH"))
   assert np.isnan(record.spacing).all() and "72 dpi" in record.meta["spacing_ignored"]

@@ -1,6 +1,7 @@
 """Claims of readers/time_points.py on small folders."""
 
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -79,6 +80,19 @@ def test_a_lost_time_point_is_named(write):
     write(f"t{time:03d}.tif", volume(time))
   with pytest.raises(ReadError, match="2 of 8 time points are missing: 3, 6") as caught:
     data.read(write.folder)
+  assert caught.value.reason == "irregular_frames"
+
+
+def test_one_number_far_off_costs_no_memory_and_no_time(write):
+  for time in ("1", "2", "9" * 40):
+    write(f"t{time}.npy", volume(1))
+  tracemalloc.start()
+  try:
+    with pytest.raises(ReadError, match="time points are missing: 3, 4, 5") as caught:
+      data.read(write.folder)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+  finally:
+    tracemalloc.stop()
   assert caught.value.reason == "irregular_frames"
 
 

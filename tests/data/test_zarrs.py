@@ -134,6 +134,14 @@ def test_unnamed_axes_of_four_are_refused(folder):
   assert reason(folder) == "ambiguous_axes"
 
 
+def test_a_claim_of_a_million_slices_over_a_few_pieces_is_refused_at_once(folder):
+  write(folder, make())
+  edit(folder, "zarr.json", lambda meta: meta.update(shape=[300_000, 20, 24]))
+  with pytest.raises(ReadError, match="6 of the 450,000 pieces") as caught:
+    data.read(folder)
+  assert caught.value.reason == "truncated"
+
+
 def test_pieces_that_hold_the_fill_value_are_stated(folder):
   array = make()
   array[:2] = 0

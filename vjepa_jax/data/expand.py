@@ -31,6 +31,9 @@ _SMALL = 1 << 20  # a member below this cannot be a bomb, however well it packs
 _COPY_BYTES = 1 << 20
 _GROUP_BYTES = 32 << 20
 _END, _LOCATOR_64 = b"PK\x05\x06", b"PK\x06\x07"
+# Of a file's name on any disk, less what a name of a file half written adds; and of
+# an object's in a bucket, less its folder.
+_MAX_PART_BYTES, _MAX_NAME_BYTES = 240, 900
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _DRIVE = re.compile(r"^[A-Za-z]:")
 
@@ -64,7 +67,10 @@ def expand(
   Raises:
     ReadError: bad_archive or too_large (its directory), missing_file, forbidden,
       changed, or unreachable; what was written by then stays.
+    ValueError: for less than one thread.
   """
+  if threads < 1:
+    raise ValueError(f"expand: threads is {threads}, must be at least 1")
   expect = storage.stat(source).stamp
   with storage.open_read(source, expect=expect) as file:
     members, refused = safe_members(
@@ -136,8 +142,9 @@ def safe_members(
     relative path with "/"; and name -> reason of the refused: path_escape (absolute,
     a drive, "..", a control character), not_a_file (a link or device), encrypted,
     packing (neither stored nor deflated), too_large, bomb, bad_archive (it shares
-    bytes with another), or name_collision (two members, or a member and a folder,
-    would have one name). Folders are in neither.
+    bytes with another), name_too_long (for a file or an object), or name_collision
+    (two members, or a member and a folder, would have one name). Folders are in
+    neither.
 
   Raises:
     ReadError: too_large (all together).
@@ -211,7 +218,7 @@ class _Run:
     with (
         tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="expand",
                   disable=not self.progress) as self._bar,
-        concurrent.futures.ThreadPoolExecutor(max(threads, 1)) as pool,
+        concurrent.futures.ThreadPoolExecutor(threads) as pool,
     ):
       futures = [
           pool.submit(self._run_share, groups[i::threads]) for i in range(threads)
@@ -305,8 +312,13 @@ def _refusal(
     info: zipfile.ZipInfo, max_member_bytes: int, max_ratio: float
 ) -> str | None:
   mode = info.external_attr >> 16
-  if not _clean(info.orig_filename):
+  name = _clean(info.orig_filename)
+  if not name:
     return "path_escape"
+  if max(len(part.encode()) for part in name.split("/")) > _MAX_PART_BYTES or (
+      len(name.encode()) > _MAX_NAME_BYTES
+  ):
+    return "name_too_long"
   if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
     return "not_a_file"
   if info.flag_bits & 0x1:

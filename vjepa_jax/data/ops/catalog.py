@@ -67,6 +67,8 @@ def pad_or_crop_op(*, size: Sequence[int], value: float | None = None) -> Op:
     value: of the padding; None: the lowest of the recording.
   """
   _three("size", size, int)
+  if value is not None:
+    _finite("value", value)
   return lambda record, rng: spatial.fit_size(record, size, value)
 
 
@@ -77,8 +79,9 @@ def crop_foreground_op(*, above: float = 0.0, margin: int = 0) -> Op:
     above: voxels greater than this are foreground.
     margin: voxels more on each side.
   """
-  if margin < 0:
-    raise ValueError(f"margin is {margin}, must be at least 0")
+  _finite("above", above)
+  if not isinstance(margin, int) or margin < 0:
+    raise ValueError(f"margin is {margin!r}, must be a whole number, at least 0")
   return lambda record, rng: spatial.cut_foreground(record, above, margin)
 
 
@@ -111,9 +114,14 @@ def normalize_intensity_op(
     channel_wise: bool = False,
 ) -> Op:
   """float32 (values - subtrahend) / divisor; see `intensity.normalize_intensity`."""
-  divisors = divisor if isinstance(divisor, Sequence) else (divisor,)
-  if 0 in divisors:
-    raise ValueError(f"divisor is {divisor}, must not be 0")
+  for name, value in (("subtrahend", subtrahend), ("divisor", divisor)):
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    if several and not channel_wise:
+      raise ValueError(f"{name} is {value}, one a channel needs channel_wise=True")
+    for number in value if several else () if value is None else (value,):
+      _finite(name, number)
+      if name == "divisor" and not number:
+        raise ValueError(f"divisor is {divisor}, must not be 0")
   options = {
       "subtrahend": subtrahend, "divisor": divisor, "nonzero": nonzero,
       "channel_wise": channel_wise,
@@ -132,6 +140,9 @@ def scale_range_op(
     clip: bool = True,
 ) -> Op:
   """float32 with [a_min, a_max] brought to [b_min, b_max], such as a window in HU."""
+  for name, value in (("a_min", a_min), ("a_max", a_max), ("b_min", b_min),
+                      ("b_max", b_max)):
+    _finite(name, value)
   if not a_min < a_max or not b_min < b_max:
     raise ValueError(
         f"ranges are ({a_min}, {a_max}) to ({b_min}, {b_max}), each must rise"
@@ -233,6 +244,12 @@ def _three(what: str, values: Sequence[float], kind: type):
         f"{what} is {values!r}, must be three positive "
         f"{'whole ' if kind is int else ''}numbers for Z, Y and X"
     )
+
+
+def _finite(what: str, value: float):
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not number or not math.isfinite(value):
+    raise ValueError(f"{what} is {value!r}, must be a finite number")
 
 
 def _one_of(what: str, value: str, allowed: Sequence[str]):

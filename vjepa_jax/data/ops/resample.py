@@ -14,12 +14,12 @@ import numpy as np
 from vjepa_jax.data.ops import kernels
 from vjepa_jax.data.ops.affine import place_meta
 from vjepa_jax.data.ops.intensity import percentiles
+from vjepa_jax.data.ops.spatial import MAX_VOXELS, check_result
 from vjepa_jax.data.ops.taps import apply_taps, resize_taps
 from vjepa_jax.data.record import ReadError, Record, mean_std
 
 POLICIES = ("resize", "fov", "spacing")
 DTYPES = ("keep", "uint8")
-MAX_VOXELS = 2**30
 _AXES = "ZYX"
 
 # Many volumes are read side by side; OpenCV's own threads would fight for cores.
@@ -63,7 +63,8 @@ def resample(
     dtype: "keep", or "uint8" (percentiles 0.5 and 99.5 of the voxels become 0 and
       255; what is uint8 stays as it is).
     min_size: (Z, Y, X) that the part used must have, such as one patch.
-    max_voxels: cap on what the policy asks for before it is cropped.
+    max_voxels: cap on what the policy asks for before it is cropped, and on the
+      result with all its time points and channels.
 
   Returns:
     Record with volume [T, *canvas, C], its new spacing (that of the voxels as
@@ -78,6 +79,7 @@ def resample(
   check_options(policy, dtype)
   shape = record.volume.shape
   _check_size(record, shape[1:4], min_size, "volume")
+  check_result(record, canvas, max_voxels, "the canvas")
   axes = _plan(record, tuple(canvas), policy, fov_mm, spacing_mm, max_voxels)
   _check_size(record, [a.length for a in axes], min_size, f"{policy} crop")
   if record.volume.dtype == np.float32 and not np.isfinite(record.volume).all():

@@ -7,6 +7,7 @@ import numpy as np
 
 from vjepa_jax.data.ops import taps as taps_lib
 from vjepa_jax.data.ops.affine import SLICE_KEYS
+from vjepa_jax.data.ops.spatial import check_result
 from vjepa_jax.data.record import ReadError, Record
 
 
@@ -46,7 +47,7 @@ def even_slices(
     volume = _straighten(record, shear, max_voxels)
   if not even:
     count = int((positions[-1] - positions[0]) / step + 1e-6) + 1
-    _check_voxels(record, count, volume.shape, max_voxels)
+    check_result(record, (count, *volume.shape[2:4]), max_voxels, "even slices")
     at = np.interp(
         positions[0] + step * np.arange(count), positions, np.arange(len(positions))
     )
@@ -93,7 +94,7 @@ def _straighten(record: Record, shear: np.ndarray, max_voxels: int) -> np.ndarra
   moved = (shear - shear.min(axis=0)) / pixel  # [Z, 2] in pixels, none negative.
   grown = np.ceil(moved.max(axis=0) - 1e-6).astype(int)
   size = tuple(n + int(g) for n, g in zip(volume.shape[2:4], grown, strict=True))
-  _check_voxels(record, volume.shape[1], (*volume.shape[:2], *size, 1), max_voxels)
+  check_result(record, (volume.shape[1], *size), max_voxels, "even slices")
   low = float(volume.min())
   result = np.empty((*volume.shape[:2], *size, volume.shape[4]), volume.dtype)
   for z in range(volume.shape[1]):
@@ -105,13 +106,3 @@ def _straighten(record: Record, shear: np.ndarray, max_voxels: int) -> np.ndarra
     found = taps_lib.apply_taps(frame, taps) + np.float32(low)
     result[:, z : z + 1] = found if volume.dtype.kind == "f" else np.rint(found)
   return result
-
-
-def _check_voxels(record: Record, depth: int, shape: tuple[int, ...], most: int):
-  voxels = shape[0] * depth * math.prod(shape[2:])
-  if voxels > most:
-    raise ReadError(
-        record.source, "too_large",
-        f"even slices of {depth} x {shape[2]} x {shape[3]} = {voxels:,} voxels, more "
-        f"than max_voxels {most:,}",
-    )

@@ -422,13 +422,9 @@ def set_spacing(
   shape = record.volume.shape[1:4]
   affine, wanted = (np.diag([*v[::-1], 1.0]) for v in (found, spacing_mm))
   size, _ = _extent(shape[::-1], affine, wanted, False)
-  if math.prod(size) > max_voxels:
-    raise ReadError(
-        record.source, "too_large",
-        f"{found.tolist()} mm to {tuple(spacing_mm)} mm gives "
-        f"{' x '.join(map(str, size[::-1]))} voxels, more than max_voxels "
-        f"{max_voxels:,}",
-    )
+  check_result(
+      record, size[::-1], max_voxels, f"{found.tolist()} mm to {tuple(spacing_mm)} mm"
+  )
   ratio = np.array(spacing_mm, float) / found
   kind = taps_lib.linear_taps if mode == "bilinear" else taps_lib.nearest_taps
   taps = [
@@ -439,6 +435,23 @@ def set_spacing(
       record, apply_taps(record.volume, taps),
       np.array([1.0, *ratio]), np.diag([*ratio[::-1], 1.0]),
   )
+
+
+def check_result(
+    record: Record, size: Sequence[int], max_voxels: int, what: str
+) -> None:
+  """Refuses (Z, Y, X) of all time points and channels before they are made.
+
+  Raises:
+    ReadError: too_large.
+  """
+  shape = (len(record.volume), *size, record.volume.shape[4])
+  if math.prod(shape) > max_voxels:
+    raise ReadError(
+        record.source, "too_large",
+        f"{what} gives {' x '.join(map(str, shape))} = {math.prod(shape):,} voxels "
+        f"[T, Z, Y, X, C], more than max_voxels {max_voxels:,}",
+    )
 
 
 def turn(record: Record, axcodes: str) -> Record:
@@ -469,7 +482,12 @@ def turn(record: Record, axcodes: str) -> Record:
 def set_size(
     record: Record, size: Sequence[int], mode: str, antialias: bool
 ) -> Record:
-  """Resizes a Record to (Z, Y, X) voxels; its outer edges stay."""
+  """Resizes a Record to (Z, Y, X) voxels; its outer edges stay.
+
+  Raises:
+    ReadError: too_large.
+  """
+  check_result(record, size, MAX_VOXELS, f"size {tuple(size)}")
   shape = record.volume.shape[1:4]
   taps = _resize_taps(shape, size, mode, False, antialias)
   ratio = [n / s for n, s in zip(shape, size, strict=True)]
@@ -482,8 +500,21 @@ def set_size(
 
 
 def fit_size(record: Record, size: Sequence[int], value: float | None) -> Record:
-  """Pads and crops a Record about its centre to (Z, Y, X); None: the lowest value."""
+  """Pads and crops a Record about its centre to (Z, Y, X); None: the lowest value.
+
+  Raises:
+    ReadError: too_large; unsupported_pixels for a value that its type cannot hold.
+  """
+  check_result(record, size, MAX_VOXELS, f"size {tuple(size)}")
   volume = record.volume
+  if value is not None and volume.dtype.kind != "f":
+    limits = np.iinfo(volume.dtype)
+    if value != int(value) or not limits.min <= value <= limits.max:
+      raise ReadError(
+          record.source, "unsupported_pixels",
+          f"voxels of {volume.dtype} cannot be padded with {value:g}",
+          "leave `value` out, or scale the voxels to float32 before",
+      )
   starts = _centred(volume.shape[1:4], size)
   value = volume.min() if value is None else value
   return _cut(record, starts, size, value)

@@ -7,6 +7,7 @@ options)`. A reader knows nothing of training, and states what it cannot use as 
 with a clock and a memory ceiling (`apart`).
 """
 
+import os
 from typing import Any
 
 from vjepa_jax.data import storage
@@ -44,7 +45,7 @@ FOLDERS = (zarrs, series, time_points)
 HEAD_BYTES = 1024
 
 
-def read(path: str, **options: Any) -> Record:
+def read(path: str | os.PathLike[str], **options: Any) -> Record:
   """Reads one recording, local or `gs://`; its content decides the format.
 
   Args:
@@ -60,7 +61,7 @@ def read(path: str, **options: Any) -> Record:
     ReadError: with a reason code, where it cannot be used.
     ValueError: for an option out of range.
   """
-  chosen = ReadOptions(**options)
+  chosen, path = ReadOptions(**options), os.fspath(path)
   if storage.is_folder(path):
     return _read_folder(path, chosen)
   data = storage.read_bytes(path, max_bytes=chosen.max_bytes)

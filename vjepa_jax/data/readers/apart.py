@@ -23,6 +23,8 @@ from vjepa_jax.data.record import ReadError
 _SIZES = struct.Struct("<Q")
 # Above what holds the file: the libraries and their tables, before a header is known.
 _START_BYTES = 1 << 30
+# Beyond the clock of the helper itself, which does not run while it starts.
+_GRACE_S = 60.0
 # Above what a header claims: one step of decoding, and little for a bomb.
 _SPARE_BYTES = 1 << 28
 _idle: list["_Helper"] = []
@@ -44,10 +46,19 @@ def call(
   Raises:
     ReadError: as the function raised it; timed_out, decoder_died, too_large for
       memory; decode_failed for any other exception.
+    RuntimeError: where no helper can be started, which is not the file's fault.
   """
   helper = _take()
   try:
     answer = helper.ask(function, args, timeout_s)
+  except TimeoutError as error:
+    helper.close()
+    raise ReadError(
+        source, "timed_out", f"no answer after {timeout_s + _GRACE_S:g} s"
+    ) from error
+  except MemoryError as error:
+    helper.close()
+    raise ReadError(source, "too_large", "not enough memory for its voxels") from error
   except (OSError, EOFError) as error:
     died = helper.close()
     if died == -signal.SIGALRM:
@@ -91,8 +102,10 @@ class _Helper:
 
   def __init__(self):
     self._socket, far = socket.socketpair()
+    self._started = False
+    paths = [p for p in sys.path if isinstance(p, str)]
     start = (
-        f"import sys; sys.path[:] = {json.dumps(sys.path)}; "
+        f"import sys; sys.path[:] = {json.dumps(paths)}; "
         "from vjepa_jax.data.readers import apart; "
         f"apart._serve({far.fileno()})"
     )
@@ -104,8 +117,21 @@ class _Helper:
       )
 
   def ask(self, function, args, timeout_s) -> tuple[str, Any]:
+    self._socket.settimeout(timeout_s + _GRACE_S)
+    if not self._started:
+      self._await_start()
     _send(self._socket, (function, args, timeout_s))
     return _receive(self._socket)
+
+  def _await_start(self) -> None:
+    try:
+      _exactly(self._socket, 1)
+    except (OSError, EOFError) as error:
+      raise RuntimeError(
+          f"no helper process to decode in: {sys.executable} ended with "
+          f"{self.close()} before it had imported {__name__}"
+      ) from error
+    self._started = True
 
   def alive(self) -> bool:
     return self._process.poll() is None
@@ -155,6 +181,7 @@ def _serve(descriptor: int) -> None:
   _limited = os.path.exists("/proc/self/statm")
   channel = socket.socket(fileno=descriptor)
   with contextlib.suppress(OSError, EOFError):
+    channel.sendall(b"\0")  # Started.
     while True:
       allow(1 << 40)  # Between calls there is no limit.
       function, args, timeout_s = _receive(channel)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import numpy as np
@@ -61,10 +62,15 @@ def read_option_faults(options: dict[str, Any]) -> list[str]:
   colour, axes = options.get("colour", "reject"), options.get("axes")
   if colour not in COLOURS:
     faults.append(f"colour is {colour!r}, must be one of {COLOURS}")
+  if isinstance(options.get("modalities"), str):
+    faults.append(
+        f"modalities is {options['modalities']!r}, must be names, such as (\"OPT\",)"
+    )
   for name in ("max_voxels", "max_bytes"):
-    if not options.get(name, 1) >= 1:
-      faults.append(f"{name} is {options[name]}, must be at least 1")
-  letters = set(axes or "YX")
+    most = options.get(name, 1)
+    if not _is_number(most) or not most >= 1:
+      faults.append(f"{name} is {most!r}, must be at least 1")
+  letters = set(axes or "YX") if isinstance(axes, str | None) else {axes}
   if axes is not None and (
       letters - set("TZYXC") or len(letters) != len(axes) or not set("YX") <= letters
   ):
@@ -74,9 +80,24 @@ def read_option_faults(options: dict[str, Any]) -> list[str]:
     )
   for name in ("time_step_s", "timeout_s"):
     seconds = options.get(name)
-    if seconds is not None and not 0 < seconds < math.inf:
-      faults.append(f"{name} is {seconds}, must be a positive number of seconds")
+    if seconds is not None and (
+        not _is_number(seconds) or not 0 < seconds < math.inf
+    ):
+      faults.append(f"{name} is {seconds!r}, must be a positive number of seconds")
+  lengths = options.get("manifest_spacing")
+  if lengths is not None and (
+      len(lengths) != 3 or not all(map(_is_number, lengths))
+      or any(v <= 0 or math.isinf(v) for v in lengths)
+  ):
+    faults.append(
+        f"manifest_spacing is {lengths!r}, must be (dz, dy, dx) in mm, above 0, NaN "
+        "where unknown"
+    )
   return faults
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @contextlib.contextmanager
@@ -150,10 +171,16 @@ def to_voxels(array: np.ndarray, source: str) -> np.ndarray:
     raise ReadError(source, "unsupported_pixels", f"array of {array.dtype}")
   if kind == "f":
     with np.errstate(over="ignore"):  # Beyond float32 is infinite, and refused below.
-      array = array.astype(np.float32, copy=False)
-    if not np.isfinite(array).all():
+      single = array.astype(np.float32, copy=False)
+    if not np.isfinite(single).all():
       raise ReadError(source, "nan_voxels", "NaN or infinite voxels")
-    return array
+    if not single.any() and array.any():
+      raise ReadError(
+          source, "unsupported_pixels",
+          f"every voxel of {array.dtype} is too small for float32",
+          "store it in a larger unit",
+      )
+    return single
   if kind == "b":
     return array.astype(np.uint8)
   if array.dtype == np.int8:

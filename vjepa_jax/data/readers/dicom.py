@@ -73,7 +73,7 @@ def read_dicom(
     ReadError: with a reason code, where the file cannot be used.
     ValueError: for an unknown `colour`.
   """
-  data = file if isinstance(file, bytes) else file.read()
+  data = file.read() if hasattr(file, "read") else bytes(file)
   options = ReadOptions(
       modalities=None if modalities is None else tuple(modalities), colour=colour,
       manifest_spacing=manifest_spacing, max_voxels=max_voxels, time_step_s=time_step_s,
@@ -179,7 +179,7 @@ def stored_frames(
   frames = dicom_pixels.decode(parsed, shape, options, source)
   if header.get("PhotometricInterpretation") == "MONOCHROME1":
     frames = _invert(frames, header)
-  if header.items("ModalityLUTSequence") and header.get("RescaleSlope") is None:
+  if _has_lut(header):
     frames = apply_modality_lut(frames, header.dataset)
   return frames
 
@@ -319,14 +319,23 @@ def _slope_and_intercept(header: Header) -> tuple[float, float]:
   )
 
 
+def _has_lut(header: Header) -> bool:
+  return bool(
+      header.items("ModalityLUTSequence") and header.get("RescaleSlope") is None
+  )
+
+
 def _padding(header: Header) -> float | None:
-  """Returns the stored value of what lies outside the scan, or None."""
+  """Returns what `stored_frames` has outside the scan, or None."""
   value = header.get("PixelPaddingValue")
-  if not isinstance(value, int):
+  if not isinstance(value, int) or _has_lut(header):
     return None
   bits = int(header.get("BitsAllocated") or 16)
-  if header.get("PixelRepresentation") and value >= 2 ** (bits - 1):
-    return value - 2**bits  # Written as unsigned.
+  signed = bool(header.get("PixelRepresentation"))
+  if signed and value >= 2 ** (bits - 1):
+    value -= 2**bits  # Written as unsigned.
+  if header.get("PhotometricInterpretation") == "MONOCHROME1":
+    return (-1 if signed else 2 ** dicom_pixels.stored_bits(header) - 1) - value
   return value
 
 

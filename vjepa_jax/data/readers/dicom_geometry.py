@@ -39,10 +39,14 @@ def spacing(
   (dy, dx), plane = in_plane(header, manifest, invalid)
   dz, pitch, geometry = _pitch(header, manifest, dx, invalid, frames)
   meta = describe(plane, pitch, invalid, geometry)
-  steps = _position_steps(header, frames) if pitch == "varies" else None
-  if steps is not None and ((steps > 0).all() or (steps < 0).all()):
+  steps = None if pitch == "not_raster" else _position_steps(header, frames)
+  if steps is None or not ((steps > 0).all() or (steps < 0).all()):
+    return (dz, dy, dx), meta
+  axes = _plane_axes(header)
+  slant = {} if axes is None else tilt(_places(header, frames), axes)
+  if pitch == "varies" or "slice_shear_mm" in slant:
     meta["slice_positions_mm"] = [0.0, *np.abs(steps).cumsum().round(6).tolist()]
-  return (dz, dy, dx), meta
+  return (dz, dy, dx), meta | (slant if "slice_shear_mm" in slant else {})
 
 
 def describe(
@@ -155,7 +159,8 @@ def frame_order(header: Header, source: str) -> np.ndarray | None:
   line but out of order are sorted along it. Ophthalmic tomography stays as scanned.
 
   Raises:
-    ReadError: irregular_frames, where the temporal positions differ in their places.
+    ReadError: irregular_frames, where the temporal positions differ in their places,
+      or where each place has several frames and no time.
   """
   places = frame_values(header, "PlanePositionSequence", "ImagePositionPatient", 3)
   if places is None or header.get("Modality") == "OPT":
@@ -164,6 +169,7 @@ def frame_order(header: Header, source: str) -> np.ndarray | None:
   times = frame_values(header, "FrameContentSequence", "TemporalPositionIndex", 1)
   if times is not None and len(np.unique(times)) > 1:
     return _order_times(along, times[:, 0], source)
+  _check_visits(along, source)
   steps = np.diff(along)
   if (steps > 0).all() or (steps < 0).all():
     return None
@@ -171,6 +177,17 @@ def frame_order(header: Header, source: str) -> np.ndarray | None:
   straight = np.ptp(along) > _STRAIGHT * np.linalg.norm(np.ptp(places, axis=0))
   distinct = np.diff(along[order]) > 1e-5
   return order[None] if straight and distinct.all() else None
+
+
+def _check_visits(along: np.ndarray, source: str):
+  """Refuses frames that come to each of several places more than once."""
+  _, visits = np.unique(along.round(3), return_counts=True)
+  if len(visits) > 1 and visits.min() > 1:
+    raise ReadError(
+        source, "irregular_frames",
+        f"{len(along)} frames at {len(visits)} places, and no temporal positions",
+        "split the file by what its frames differ in, such as contrast",
+    )
 
 
 def _main_direction(places: np.ndarray) -> np.ndarray:
@@ -196,6 +213,60 @@ def _order_times(along: np.ndarray, times: np.ndarray, source: str) -> np.ndarra
         f"{len(rows)} temporal positions whose frames lie in different places",
     )
   return np.array(rows)
+
+
+def slice_normal(axes: np.ndarray) -> np.ndarray | None:
+  """Returns the unit normal of (row, column) directions [6]; None if they are none."""
+  normal = np.cross(axes[:3], axes[3:])
+  length = np.linalg.norm(normal)
+  return normal / length if 0.9 < length < 1.1 else None
+
+
+def tilt(places: np.ndarray, axes: np.ndarray) -> dict[str, Any]:
+  """Returns the angle of the slices' way to their normal, and their shear.
+
+  Args:
+    places: [Z, 3] their corners in mm.
+    axes: [6] the directions of a row and of a column.
+  """
+  normal = slice_normal(axes)
+  if len(places) < 2 or normal is None:
+    return {}
+  way = places[-1] - places[0]
+  length = np.linalg.norm(way)
+  cosine = min(1.0, abs(way @ normal) / length) if length else 1.0
+  # How far each corner lies from the first within the plane: (down a column, along
+  # a row), in mm.
+  shear = (places - places[0]) @ np.array([axes[3:], axes[:3]]).T
+  meta = {
+      "gantry_tilt_deg": round(math.degrees(math.acos(cosine)), 4),
+      "slice_steps_mm": np.linalg.norm(
+          np.diff(places, axis=0), axis=1
+      ).round(6).tolist(),
+  }
+  if np.abs(shear).max() > 1e-3:
+    meta["slice_shear_mm"] = shear.round(6).tolist()
+  return meta
+
+
+def _plane_axes(header: Header) -> np.ndarray | None:
+  """Returns the (row, column) directions [6] that all frames share, else None."""
+  own = frame_values(header, "PlaneOrientationSequence", "ImageOrientationPatient", 6)
+  if own is None:
+    item = group(header, 0, "PlaneOrientationSequence") or header
+    stated = item.get("ImageOrientationPatient")
+    own = np.array([stated if stated is not None else ()], float)
+  if own.shape[1] != 6 or not np.abs(own - own[0]).max() <= 1e-2:
+    return None
+  return own[0] if slice_normal(own[0]) is not None else None
+
+
+def _places(header: Header, frames: Sequence[int] | None) -> np.ndarray | None:
+  """Returns the corners [Z, 3] of frames in mm, in their order, or None."""
+  places = frame_values(header, "PlanePositionSequence", "ImagePositionPatient", 3)
+  if places is None or (frames is not None and len(frames) < 2):
+    return None
+  return places if frames is None else places[list(frames)]
 
 
 def _lengths(values: Any, name: str, invalid: list[str]) -> list[float] | None:
@@ -272,13 +343,13 @@ def _position_steps(
 ) -> np.ndarray | None:
   """Returns how far each frame lies from the one before, in mm.
 
-  Negative where frames turn back; NaN where they do not follow one line, as in
-  radial scans, whose corners step evenly along a circle.
+  Along the frames' normal where all share one. Negative where frames turn back; NaN
+  where they do not follow one line, as in radial scans, whose corners step evenly
+  along a circle, or lie side by side in one plane.
   """
-  places = frame_values(header, "PlanePositionSequence", "ImagePositionPatient", 3)
-  if places is None or (frames is not None and len(frames) < 2):
+  places = _places(header, frames)
+  if places is None:
     return None
-  places = places if frames is None else places[list(frames)]
   steps = np.diff(places, axis=0)  # [Z - 1, 3]
   lengths = np.linalg.norm(steps, axis=1)
   longest = steps[lengths.argmax()]
@@ -286,7 +357,13 @@ def _position_steps(
   straight = np.linalg.norm((signs[:, None] * steps).sum(axis=0)) / max(
       lengths.sum(), np.finfo(float).tiny
   )
-  return signs * lengths if straight > _STRAIGHT else signs * math.nan
+  if lengths.any() and not straight > _STRAIGHT:
+    return signs * math.nan
+  axes = _plane_axes(header)
+  if axes is None or not lengths.any():
+    return signs * lengths
+  apart = np.abs(steps @ slice_normal(axes))
+  return signs * np.where((apart < 1e-5) & (lengths > 1e-5), math.nan, apart)
 
 
 def _frame_lines(header: Header) -> np.ndarray | None:

@@ -21,7 +21,7 @@ from pydicom.uid import (
 )
 
 from vjepa_jax.data.readers import apart
-from vjepa_jax.data.readers.base import ReadOptions
+from vjepa_jax.data.readers.base import ReadOptions, luminance
 from vjepa_jax.data.readers.dicom_header import (
     UNDEFINED,
     Header,
@@ -182,7 +182,7 @@ def _decode_native(
         allow_excess_frames=False, **_options(parsed.header, shape),
     )
     for index, (frame, _) in enumerate(found):
-      frame = frame if samples == 1 else _luminance(frame)
+      frame = frame if samples == 1 else luminance(frame)
       if frames is None:
         frames = np.empty(shape, frame.dtype.newbyteorder("="))
       frames[index] = frame
@@ -286,7 +286,7 @@ def _decode_by_plugin(
       encapsulate([data], has_bot=False), index=0, raw=grey, validate=False,
       decoding_plugin=plugin, **options,
   )
-  return array if grey else _luminance(array)
+  return array if grey else luminance(array)
 
 
 def _decode_by_imagecodecs(
@@ -404,11 +404,6 @@ def _stray_mark(data: bytes) -> str:
     return ""
   place = int(stray[0])
   return f"mark ff{coded[place + 1]:02x} at byte {start + place}, among coded bits"
-
-
-def _luminance(frame: np.ndarray) -> np.ndarray:
-  grey = frame[..., :3].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-  return np.rint(grey).astype(frame.dtype)
 
 
 def _mask_bits(frames: np.ndarray, header: Header, source: str) -> np.ndarray:

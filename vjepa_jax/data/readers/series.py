@@ -254,7 +254,7 @@ def _build(slices: list[_Slice], source: str, options: ReadOptions) -> Record:
   shape = _check_alike(slices, shapes, source)
   check_voxels((len(slices), *shape), source, options.max_voxels)
   slices, doubles = _drop_copies(slices)
-  normal, along, places = _positions(slices, source)
+  along, places = _positions(slices, source)
   order, dt = _arrange(slices, along, source)  # [T, Z]
   chosen = [slices[i] for i in order.ravel()]
   frames, table = _decode(chosen, shape, options)
@@ -262,7 +262,8 @@ def _build(slices: list[_Slice], source: str, options: ReadOptions) -> Record:
   spacing, meta = _spacing(chosen[0], slices, along[order[0]], options)
   meta |= dicom.describe(chosen[0].parsed, table)
   if places is not None:
-    meta |= _tilt(places[order[0]], normal, chosen[0])
+    _, axes = _plane(chosen[0])
+    meta |= dicom_geometry.tilt(places[order[0]], np.array(axes))
   meta |= {"slices": order.shape[1], "duplicate_slices": doubles}
   if localisers:
     meta["localisers_left_out"] = len(localisers)
@@ -307,6 +308,12 @@ def _check_alike(
         f"{len(films)} of {len(slices)} files have several frames, such as {films[0]}",
         "give each multi-frame file its own row",
     )
+  people = {str(s.get("PatientID", "")) for s in slices}
+  if len(people) > 1:  # Splits by subject would part one recording.
+    raise ReadError(
+        source, "irregular_frames", f"slices of {len(people)} patients in one series",
+        "part the series by PatientID",
+    )
   kinds = Counter(
       (*shape[1:], str(s.get("PhotometricInterpretation", "")))
       for s, shape in zip(slices, shapes)
@@ -338,8 +345,8 @@ def _drop_copies(slices: list[_Slice]) -> tuple[list[_Slice], int]:
 
 def _positions(
     slices: list[_Slice], source: str
-) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
-  """Returns the slice normal, places along it in mm, and corners [n, 3] in mm."""
+) -> tuple[np.ndarray, np.ndarray | None]:
+  """Returns places along the slice normal in mm, and corners [n, 3] in mm or None."""
   frames = [_plane(s) for s in slices]
   if all(frame is not None for frame in frames):
     places = np.array([place for place, _ in frames])
@@ -349,18 +356,16 @@ def _positions(
           source, "irregular_frames", "slices of several orientations",
           "split the series by orientation",
       )
-    normal = np.cross(axes[0, :3], axes[0, 3:])
-    length = np.linalg.norm(normal)
-    if not 0.9 < length < 1.1:
+    normal = dicom_geometry.slice_normal(axes[0])
+    if normal is None:
       raise ReadError(
           source, "bad_header", f"ImageOrientationPatient is {axes[0].tolist()}"
       )
-    normal /= length
-    return normal, places @ normal, places
+    return places @ normal, places
   for name in ("SliceLocation", "InstanceNumber"):
     values = [s.get(name) for s in slices]
     if all(value is not None for value in values):
-      return None, np.array([float(v) for v in values]), None
+      return np.array([float(v) for v in values]), None
   raise ReadError(
       source, "irregular_frames", "slices without position, location or number"
   )
@@ -518,25 +523,3 @@ def _gaps(steps: np.ndarray) -> list[list[int]]:
   if (lost < 1).any() or (np.abs(ratio - lost) > near).any():
     return []
   return [[int(i), int(lost[i]) - 1] for i in np.flatnonzero(lost > 1)]
-
-
-def _tilt(places: np.ndarray, normal: np.ndarray, first: _Slice) -> dict[str, Any]:
-  """Returns the angle of the slices' way to their normal, and their shear."""
-  if len(places) < 2:
-    return {}
-  way = places[-1] - places[0]
-  length = np.linalg.norm(way)
-  cosine = min(1.0, abs(way @ normal) / length) if length else 1.0
-  _, axes = _plane(first)
-  # How far each corner lies from the first within the plane: (down a column, along
-  # a row), in mm.
-  shear = (places - places[0]) @ np.array([axes[3:], axes[:3]]).T
-  meta = {
-      "gantry_tilt_deg": round(math.degrees(math.acos(cosine)), 4),
-      "slice_steps_mm": np.linalg.norm(
-          np.diff(places, axis=0), axis=1
-      ).round(6).tolist(),
-  }
-  if np.abs(shear).max() > 1e-3:
-    meta["slice_shear_mm"] = shear.round(6).tolist()
-  return meta

@@ -335,8 +335,6 @@ def _spacing(
   dz = mm * _number(found.get("spacing"))
   second = _S.get(str(found.get("tunit", "s")).strip(), math.nan)
   dt = second * _number(found.get("finterval"))
-  if math.isnan(dt) and _number(found.get("fps")):
-    dt = 1 / _number(found.get("fps"))
   if found.get("unit") and math.isnan(mm):
     notes["spacing_ignored"] = f"unit {unit!r}"
   return (dt, abs(dz), dy, dx), notes

@@ -8,6 +8,7 @@ type and one spacing.
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 import dataclasses
+import itertools
 import os
 import re
 
@@ -115,14 +116,16 @@ def _in_order(path: str, names: Sequence[str]) -> tuple[list[str], list[int]]:
     )
   ordered = sorted(zip(varying[0], names))
   numbers = [number for number, _ in ordered]
-  steps = np.diff(numbers)
-  if len(set(steps.tolist())) > 1:
-    wanted = set(range(numbers[0], numbers[-1], int(steps.min())))
-    lost = sorted(wanted - set(numbers))
+  steps = {after - before for before, after in itertools.pairwise(numbers)}
+  if len(steps) > 1:
+    there, wanted = set(numbers), range(numbers[0], numbers[-1], min(steps))
+    # Never a list of all: one odd name can make them billions.
+    lost = itertools.islice((n for n in wanted if n not in there), 10)
+    size = -((numbers[0] - numbers[-1]) // min(steps))  # Beyond what len() counts.
+    count = size - sum(n in wanted for n in numbers)
     raise ReadError(
         path, "irregular_frames",
-        f"{len(lost)} of {len(wanted) + 1} time points are missing: "
-        f"{', '.join(map(str, lost[:10]))}",
+        f"{count} of {size + 1} time points are missing: {', '.join(map(str, lost))}",
         "copy the missing ones, or split the folder there",
     )
   return [name for _, name in ordered], numbers

@@ -33,6 +33,8 @@ _AXES = {3: "ZYX", 5: "TZYXC"}
 _META_BYTES = 1 << 24
 _MAX_CHUNKS = 1 << 20
 _FETCHES = 8
+# Pieces claimed for one that is there: above it nearly all would be fill value.
+_MAX_SPARSE = 64
 # Others, such as pickle, run what the file says.
 _CODECS = frozenset({
     "bytes", "endian", "transpose", "sharding_indexed", "crc32c", "blosc", "gzip",
@@ -99,6 +101,10 @@ def read_folder(path: str, names: Sequence[str], options: ReadOptions) -> Record
     raise ReadError(path, "too_large", f"its voxels lie in {wanted:,} pieces")
   if not stored:
     raise ReadError(path, "no_pixel_data", f"no piece of {found.path or 'the array'}")
+  if wanted > _MAX_SPARSE * stored:
+    raise ReadError(
+        path, "truncated", f"{stored:,} of the {wanted:,} pieces claimed are there"
+    )
   contents = _fetch(mine, options.max_bytes)
   array = apart.call(
       _decode, path, list(mine), found.path, found.shape, found.dtype.itemsize,
