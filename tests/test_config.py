@@ -270,7 +270,7 @@ def test_an_unknown_override_names_the_closest_key(tmp_path):
 
 @pytest.mark.parametrize("key,value,said", [
     ("cache", "/tmp/canvases", "needs data.validate=read"),
-    ("max_records", -1, "must not be negative"),
+    ("max_records", -1, "must be at least 0"),
     ("canvas", (64, 384), "three numbers"),
     ("fov_mm", (6.0, 0.0, 6.0), "above 0"),
     ("colour", "rainbow", "none of reject, luminance"),
@@ -433,3 +433,19 @@ def test_a_config_of_two_sources_opens_both(tmp_path):
   data = config_lib.open_data(plain, say=lambda text: None)
   assert data.report["source"] == {"a": 3, "b": 3}
   assert data.splits["train"].sources == ("a", "b")
+
+
+@pytest.mark.parametrize("key,value,said", [
+    ("canvas", 64, "three numbers"), ("canvas", (64, 384), "three numbers"),
+    ("canvas", ("a", "b", "c"), "Sequence[int]"), ("threads", "8", "is not int"),
+    ("max_bad_fraction", float("nan"), "is not float"), ("workers", True, "is not int"),
+    ("reader", "TZYX", "is not Mapping"), ("reader", {"axes": 4}, "is not str"),
+    ("storage", ("a",), "is not Mapping"), ("storage", {"cache": 1}, "is not str"),
+    ("sources", {"mr": {"manifest": 3}}, "is not str"), ("ops", ("spacing",), "Sequence"),
+    ("splits", {"train": "most"}, "Mapping[str, float]"), ("manifest", 7, "is not str"),
+])
+def test_a_value_of_another_kind_is_a_fault_with_its_place(key, value, said):
+  config = load("oct_multi", "tiny").to_dict()
+  config["data"][key] = value
+  found = [f for f in faults_of(config) if f.startswith(f"data.{key}")]
+  assert any(said in fault for fault in found), found

@@ -30,6 +30,7 @@ from vjepa_jax.config import units
 from vjepa_jax.data import (
     beam,
     expand,
+    memory,
     pipeline,
     scan,
     shard_writing,
@@ -56,7 +57,8 @@ _VALIDATE = flags.DEFINE_bool(
     "validate_only", False, "Compare manifest and files; write nothing."
 )
 _SAMPLE = flags.DEFINE_integer(
-    "sample", None, "With --validate-only: check the content of so many; default all."
+    "sample", None, "With --validate-only: check the content of so many; default all.",
+    lower_bound=1,
 )
 _READ = flags.DEFINE_bool("read", False, "With --validate-only: read the voxels too.")
 _WORKERS = flags.DEFINE_integer(
@@ -86,14 +88,19 @@ def main(argv: list[str]) -> None:
     sys.exit(_run())
   except (config_lib.ConfigError, DataError, ReadError, ImportError) as error:
     print(error, file=sys.stderr, flush=True)
-    sys.exit(_BUCKET_LOST if _is_bucket_lost(error) else 2)
+    sys.exit(_BUCKET_LOST if storage.is_out_of_reach(error) else 2)
   except KeyboardInterrupt:
     print("stopped; the same command goes on", file=sys.stderr)
     sys.exit(130)
 
 
 def _run() -> int:
-  if bool(_CONFIG.value) + bool(_SCAN.value) + bool(_EXPAND.value) != 1:
+  try:
+    config = _CONFIG.value
+    _ = config and config.keys()  # A file that was not loaded says so when asked.
+  except OSError as error:
+    raise app.UsageError(f"--config: {error}") from error
+  if bool(config) + bool(_SCAN.value) + bool(_EXPAND.value) != 1:
     raise app.UsageError("give one of --config, --scan and --expand")
   if (_SCAN.value or _EXPAND.value) and not _OUTPUT.value:
     raise app.UsageError("--scan and --expand need --output")
@@ -101,8 +108,8 @@ def _run() -> int:
     return _write_manifest(_SCAN.value, _OUTPUT.value)
   if _EXPAND.value:
     return _unpack(_EXPAND.value, _OUTPUT.value)
-  config_lib.check_config(_CONFIG.value)
-  plain = config_lib.as_plain(_CONFIG.value)
+  config_lib.check_config(config)
+  plain = config_lib.as_plain(config)
   if _VALIDATE.value:
     return _validate(plain)
   return prepare(plain)
@@ -115,6 +122,7 @@ def prepare(plain: Mapping[str, Any]) -> int:
     ConfigError: where `data.cache` names no folder.
     DataError: as `shard_writing.prepare`, or if too many files are bad.
   """
+  memory.keep_large_blocks()
   section = units.data_options(plain, _say)
   folder = section.get("cache", "memory")
   if folder in ("memory", "none"):
@@ -284,14 +292,6 @@ def _unpack(source: str, folder: str) -> int:
 
 def _tally(counts: Mapping[str, int]) -> str:
   return ", ".join(f"{name} {n}" for name, n in counts.items())
-
-
-def _is_bucket_lost(error: BaseException | None) -> bool:
-  while error is not None:
-    if isinstance(error, ReadError) and error.reason == "unreachable":
-      return True
-    error = error.__cause__
-  return False
 
 
 def _say(line: str) -> None:

@@ -343,3 +343,33 @@ def test_what_nobody_asked_to_lose_is_kept_apart(write):
       "no_filepath", "no_participant"
   ]
   assert not m.is_explained("no_split") and m.is_explained("excluded_device")
+
+
+@pytest.mark.parametrize("name,text", [
+    ("a.csv", 'participant_id,filepath,note\n1,a.dcm,"5 mm\n2,b.dcm,x\n'),
+    ("a.tsv", 'participant_id\tfilepath\tnote\n1\ta.dcm\t"5 mm\n2\tb.dcm\tx"\n'),
+    ("b.tsv", "participant_id\tfilepath\n1\t" + "a" * 200_000 + "\n"),
+])
+def test_a_quote_that_would_swallow_rows_is_refused(tmp_path, name, text):
+  (tmp_path / name).write_text(text)
+  with pytest.raises(DataError, match=f"{name}: line [0-9]+ is no row"):
+    m.read_manifest(str(tmp_path / name))
+
+
+def test_a_note_of_several_lines_is_no_fault(tmp_path):
+  text = 'participant_id,filepath,note\n1,a.dcm,"left, then\nright"\n2,b.dcm,\n'
+  (tmp_path / "a.csv").write_text(text)
+  assert len(m.read_manifest(str(tmp_path / "a.csv")).rows) == 2
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+  (tmp_path / "a.tsv").write_text("participant_id\tfilepath\tfilepath\n1\ta\tb\n")
+  with pytest.raises(DataError, match="filepath are there twice"):
+    m.read_manifest(str(tmp_path / "a.tsv"))
+
+
+def test_a_participant_without_a_name_is_nobody(write, tmp_path):
+  people = tmp_path / "people.json"
+  people.write_text(json.dumps([{"participant_id": "1001", "age": 4}, {"age": 5}]))
+  found = m.read_manifest(write([line()]), participants=str(people))
+  assert len(found.rows) == 1

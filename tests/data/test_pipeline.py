@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -657,6 +658,89 @@ def test_a_file_that_kills_or_holds_its_worker_is_named_within_bounds():
     workers.read(Row("good", "1"))
 
 
+@pytest.mark.slow
+def test_a_call_given_up_by_ctrl_c_does_not_answer_the_next_one():
+  workers = pool.Pool(fatal.Fatal(), 1, timeout_s=60)
+  workers.read(Row("good", "1"))
+  threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+  with pytest.raises(KeyboardInterrupt):
+    workers.read(Row("seven late", "1"))
+  assert workers.read(Row("good", "1")).volume.max() == 9
+  workers.close()
+
+
+@pytest.mark.slow
+def test_a_pool_closed_while_it_is_read_from_closes_each_pipe_once(monkeypatch):
+  closed = []
+  close = pool.connection.Connection._close
+  monkeypatch.setattr(
+      pool.connection.Connection, "_close",
+      lambda self: (closed.append(threading.get_ident()), close(self)),
+  )
+  workers, found = pool.Pool(fatal.Fatal(), 2, timeout_s=60), []
+
+  def read(path):
+    try:
+      workers.read(Row(path, "1"))
+    except Exception as error:
+      found.append(error)
+
+  for path in ("good", "good"):
+    read(path)
+  reading = threading.Thread(target=read, args=("seven late",))
+  reading.start()
+  time.sleep(0.5)
+  del closed[:]
+  workers.close()
+  reading.join(10)
+  assert isinstance(found[0], DataError) and "closed" in str(found[0])
+  assert closed == [reading.ident] and not workers.pids()
+
+
+@pytest.mark.slow
+def test_a_fault_of_an_operation_stops_the_run_and_blames_no_file():
+  workers = pool.Pool(fatal.Fatal(), 1, timeout_s=60)
+  pid = None
+  for _ in range(2):
+    with pytest.raises(DataError, match="bug: KeyError: 'of an op'"):
+      workers.read(Row("bug", "1"))
+    assert pid in (None, *workers.pids())  # The worker lives on.
+    pid, = workers.pids()
+  workers.close()
+
+
+@pytest.mark.slow
+def test_a_canvas_larger_than_the_common_memory_comes_by_the_pipe():
+  workers = pool.Pool(fatal.Fatal(), 1, timeout_s=60)
+  assert workers.read(Row("no room", "1")).volume.max() == 9
+  workers.close()
+
+
+def test_an_opening_that_fails_leaves_no_worker(write_corpus, monkeypatch):
+  made = []
+  monkeypatch.setattr(
+      pool, "Pool", lambda *args, _pool=pool.Pool, **options: (
+          made.append(_pool(*args, **options)) or made[-1]
+      )
+  )
+  with pytest.raises(DataError, match="max_bad_fraction"):
+    opened(
+        write_corpus(broken=dict.fromkeys(range(6), "truncated")), workers=1,
+        cache="none", max_bad_fraction=0.1,
+    )
+  assert made and not made[0].pids()
+
+
+def test_a_quarantine_table_that_cannot_be_written_is_not_the_recording_s_fault(
+    write_corpus, tmp_path
+):
+  (tmp_path / "file").write_text("")
+  manifest = write_corpus(broken={3: "truncated"})
+  _, iterator = lazy(manifest, quarantine=str(tmp_path / "file" / "q.tsv"))
+  with pytest.raises(DataError, match="quarantine table cannot be written"):
+    indices(iterator, 8)
+
+
 def test_a_worker_that_cannot_start_is_a_clear_error():
   workers = pool.Pool(fatal.Unloadable(), 1, timeout_s=5)
   with pytest.raises(DataError, match="did not start.*exit code 1"):
@@ -741,6 +825,50 @@ def test_a_batch_that_is_held_is_not_written_over(write_corpus):
     np.testing.assert_array_equal(view, copy[1:])
   for array, copy in zip(on_device, copies, strict=True):
     np.testing.assert_array_equal(array, copy)
+
+
+@pytest.mark.parametrize("how", ["put", "global"])
+def test_memory_that_jax_still_computes_from_is_not_lent_again(how, monkeypatch):
+  # Aligned so that jax on a CPU takes the memory itself and not a copy.
+  empty = np.empty
+  aligned = lambda size, dtype: _aligned(empty(size + 64, dtype))
+  monkeypatch.setattr(np, "empty", aligned)
+  buffers, shape = Buffers(2), (8, 1 << 20)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+  placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+
+  @jax.jit
+  def read_late(volume, steps):
+    first = volume.reshape(-1)[:64].astype(jax.numpy.float32)
+    last = jax.lax.fori_loop(0, steps, lambda _, x: jax.numpy.sin(x) + 1e-9, first)
+    return (volume.astype(jax.numpy.int32) + (last.sum() * 0).astype(int)).sum()
+
+  read_late(jax.numpy.zeros(shape, np.uint8), 3).block_until_ready()
+  running = 0
+  for n in range(5):
+    host = buffers.take(shape, np.dtype(np.uint8))
+    host[:] = n
+    place = host.ctypes.data
+    if how == "put":
+      given = jax.device_put(host, jax.devices()[0])
+    else:
+      given = jax.make_array_from_process_local_data(placed, host)
+    assert given.addressable_data(0).unsafe_buffer_pointer() == place
+    total = read_late(given, 400_000)
+    del host, given
+    for _ in range(4):
+      other = buffers.take(shape, np.dtype(np.uint8))
+      still = not total.is_ready()
+      other[:] = 255
+      running += still
+      del other
+    assert int(total) == n * 8 << 20
+  assert running
+
+
+def _aligned(array):
+  start = -array.ctypes.data % 64
+  return array[start : start + array.size - 64]
 
 
 def test_memory_of_batches_is_used_again_once_they_are_gone():

@@ -198,6 +198,33 @@ def test_far_too_many_bad_files_stop_it_early(tmp_path):
   assert len(told) < 30
 
 
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(DataError, match="file/c: no folder to write in"):
+    write(tmp_path, tmp_path / "file" / "c", 0)
+
+
+def test_beam_options_without_their_quote_are_said(tmp_path):
+  with pytest.raises(DataError, match="beam_options .*No closing quotation"):
+    write(tmp_path, tmp_path / "c", 0, runner=beam.Runner("--runner='x"))
+
+
+@pytest.mark.parametrize("flags,said", [
+    (["--config=nothere.py"], "nothere.py"),
+    (["--config=configs/oct_multi.py:tiny", "--validate-only", "--sample=-3"], "sample"),
+])
+def test_a_wrong_flag_is_no_traceback(flags, said):
+  done = run(*flags)
+  assert done.returncode and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_splits_that_would_share_files_are_refused(tmp_path):
+  parts = {name: making.rows(tmp_path / "a", ["0"]) for name in ("fold 1", "fold_1")}
+  with pytest.raises(DataError, match="'fold 1' and 'fold_1' would share"):
+    shard_writing.prepare(str(tmp_path / "c"), parts, making.Made(), options={})
+  assert not (tmp_path / "c").exists()
+
+
 def test_a_split_without_a_good_file_is_an_error(tmp_path):
   with pytest.raises(DataError, match="split train has no good file left"):
     write(tmp_path, tmp_path / "c", 0, json.dumps(["bad", "bad"]))

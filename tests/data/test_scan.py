@@ -212,3 +212,15 @@ def test_a_header_longer_than_the_first_request_is_fetched_further(tmp_path):
   (tmp_path / "long.dcm").write_bytes(to_bytes(dataset))
   found = scan(str(tmp_path), output=str(tmp_path / "m.tsv"))
   assert found.rows[0].participant == "7"
+
+
+def test_a_header_that_pydicom_chokes_on_is_listed_and_the_rest_scanned(tmp_path):
+  content = to_bytes(make_dataset(make_volume(), PatientID="7"))
+  (tmp_path / "good.dcm").write_bytes(content)
+  rows = content.index(b"\x28\x00\x10\x00US")
+  bad = content[: rows + 4] + b"\x55\xc8" + content[rows + 6 :]
+  (tmp_path / "bad.dcm").write_bytes(bad)
+  found = scan(str(tmp_path), output=str(tmp_path / "m.tsv"))
+  assert [row.path for row in found.rows] == [str(tmp_path / "good.dcm")]
+  bad, = table(str(tmp_path / "m.unreadable.tsv"))
+  assert bad["path"].endswith("bad.dcm") and bad["reason"] == "bad_header"

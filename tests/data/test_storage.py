@@ -445,3 +445,27 @@ def test_array_records_own_reader_reads_from_the_bucket(bucket, tmp_path):
   assert reader.read([7, 2]) == [rows[7], rows[2]]
   reader.close()
   assert any("bytes=-" in line for line in bucket.requests())
+
+
+@pytest.mark.parametrize("name", ["a\0b.dcm", "x" * 300, "loop"])
+def test_a_name_that_no_file_can_have_is_a_missing_file(tmp_path, name):
+  (tmp_path / "loop").symlink_to(tmp_path / "loop")
+  with pytest.raises(ReadError) as caught:
+    storage.read_bytes(f"{tmp_path}/{name}")
+  assert caught.value.reason == "missing_file"
+
+
+def test_what_is_out_of_reach_is_told_from_its_causes():
+  def wrapped(path, reason):
+    try:
+      try:
+        raise ReadError(path, reason)
+      except ReadError as error:
+        raise ValueError("outer") from error
+    except ValueError as error:
+      return error
+
+  assert storage.is_out_of_reach(wrapped("gs://b/x", "unreachable"))
+  assert not storage.is_out_of_reach(wrapped("gs://b/x", "forbidden"))
+  assert not storage.is_out_of_reach(wrapped("/disk/x", "unreachable"))
+  assert not storage.is_out_of_reach(None)

@@ -22,7 +22,7 @@ from pydicom.uid import (
 )
 
 from vjepa_jax.bench import common
-from vjepa_jax.data import batches, pipeline
+from vjepa_jax.data import batches, memory, pipeline
 
 RAW_SHAPE = (128, 885, 512)
 _BATCH = 4
@@ -58,6 +58,7 @@ def measure(
     in batches of 4: in order, and shuffled without end. The shuffling of a handful
     of rows costs more than a cached volume; take some tens.
   """
+  memory.keep_large_blocks()  # As a run does, before jax or a reader has threads.
   options = dict(
       root=root, canvas=canvas, splits={"all": 1.0}, max_records=volumes,
       modalities=None, threads=1, max_bad_fraction=0.5,

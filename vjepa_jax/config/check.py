@@ -1,9 +1,12 @@
 """Everything that is wrong with a config, at once, before anything is touched."""
 
+import collections.abc
 from collections.abc import Iterable, Mapping
 import dataclasses
 import functools
 import inspect
+import types
+import typing
 from typing import Any
 
 import ml_collections
@@ -20,6 +23,9 @@ SECTIONS = ("data", "augment", "model", "objective", "optimizer", "train", "eval
 WANDB = ("project", "entity", "name", "mode", "tags", "group", "notes")
 # Options of a reader that have a key of their own, or come from a row.
 _SAID_ELSEWHERE = {"modalities", "colour", "max_voxels", "manifest_spacing", "series"}
+_STORAGE_KINDS = dict(cache=str, cache_bytes=int, deadline_s=float, anonymous=bool)
+# What an empty key of the section says.
+_NOT_GIVEN = (None, "", (), {})
 WANDB_MODES = ("online", "offline", "disabled", "shared")
 
 
@@ -92,6 +98,8 @@ def _section_faults(plain: Mapping[str, Any]) -> tuple[list[str], set[str]]:
         broken.add(section)
         continue
       absent = _missing_faults(place, options, keywords)
+      if section == "data":
+        absent += _kind_faults(options)
       faults += _keyword_faults(place, options, keywords) + absent
       if absent:
         broken.add(section)
@@ -151,6 +159,57 @@ def _keyword_faults(
   return faults
 
 
+def _kind_faults(data: Mapping[str, Any]) -> list[str]:
+  """Values of another kind than `pipeline.open_data` takes; empty ones are not given."""
+  hints = typing.get_type_hints(pipeline.open_data)
+  # Fields and values of filters are checked with the table's own words.
+  hints |= dict.fromkeys(("filters", "exclude", "columns"), Mapping[str, Any])
+  hints |= dict(
+      splits=Mapping[str, float], split_column=str, storage=Mapping[str, Any]
+  )
+  nested = {
+      "data.storage": (data.get("storage"), _STORAGE_KINDS),
+      "data.reader": (data.get("reader"), typing.get_type_hints(readers.ReadOptions)),
+  }
+  sources = data.get("sources")
+  for name, own in sources.items() if isinstance(sources, Mapping) else ():
+    nested[f"data.sources.{name}"] = (own, hints | {"weight": float})
+  canvas = data.get("canvas")
+  faults = [] if isinstance(canvas, list | tuple) and len(canvas) == 3 else [
+      f"data.canvas: {canvas!r} must be three numbers (Z, Y, X) above 0"
+  ]
+  return faults + [
+      f"{place}.{key}: {value!r} is not {_said(kinds[key])}"
+      for place, (options, kinds) in {"data": (data, hints), **nested}.items()
+      for key, value in (options.items() if isinstance(options, Mapping) else ())
+      if key in kinds and value not in _NOT_GIVEN and not _fits(value, kinds[key])
+  ]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+  origin, inner = typing.get_origin(kind), typing.get_args(kind)
+  if kind is Any:
+    return True
+  if origin in (typing.Union, types.UnionType):
+    return any(_fits(value, one) for one in inner)
+  if origin is collections.abc.Mapping:
+    return isinstance(value, Mapping) and all(
+        _fits(v, inner[1]) for v in value.values()
+    )
+  if origin in (tuple, collections.abc.Sequence):
+    return isinstance(value, list | tuple) and all(_fits(v, inner[0]) for v in value)
+  if kind in (int, float):  # True is an int to Python, and nan a float.
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole or (kind is float and isinstance(value, float) and value == value)
+  return isinstance(value, kind)
+
+
+def _said(kind: Any) -> str:
+  """Returns a kind in words of its own: `int`, `Sequence[str] | None`."""
+  text = kind.__name__ if isinstance(kind, type) else str(kind)
+  return text.replace("collections.abc.", "").replace("typing.", "")
+
+
 def _missing_faults(
     place: str, options: Mapping[str, Any], keywords: Mapping[str, bool]
 ) -> list[str]:
@@ -171,7 +230,7 @@ def _geometry_faults(plain: Mapping[str, Any]) -> list[str]:
   faults = [f"{where} {voxels}: {f}" for f in grid_faults(voxels, patch)]
   canvases = {"": canvas} | {
       name: tuple(own["canvas"])
-      for name, own in plain["data"].get("sources", {}).items()
+      for name, own in (plain["data"].get("sources") or {}).items()
       if isinstance(own, Mapping) and len(own.get("canvas", ())) == 3
   }
   for name, own in canvases.items():
@@ -293,9 +352,9 @@ def _table_faults(place: str, data: Mapping[str, Any]) -> list[str]:
     ops.check_options(data.get("resample", "resize"), data.get("dtype", "uint8"))
   except ValueError as error:
     faults.append(f"{place}.{error}")
-  for key in ("max_records", "max_voxels"):
-    if data.get(key, 0) < 0:
-      faults.append(f"{place}.{key}: {data[key]} must not be negative")
+  for key, least in (("max_records", 0), ("max_voxels", 1)):
+    if data.get(key, least) < least:
+      faults.append(f"{place}.{key}: {data[key]} must be at least {least}")
   for key in ("canvas", "fov_mm", "spacing_mm"):
     if key in data and (len(data[key]) != 3 or min(data[key]) <= 0):
       faults.append(
@@ -432,7 +491,7 @@ def _split_names(data: Mapping[str, Any]) -> list[str] | None:
   """Returns the splits' names; None: in a column of a manifest not yet read."""
   if not data.get("split_column"):
     return list(data["splits"])
-  _, _, corpus = data.get("manifest", "").partition("phantom:")
+  _, _, corpus = (data.get("manifest") or "").partition("phantom:")
   if corpus not in units.PHANTOMS:
     return None
   return list(units.PHANTOMS[corpus].get("patients", phantoms.PATIENTS))

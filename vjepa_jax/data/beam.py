@@ -59,10 +59,14 @@ class Runner:
       raise ImportError(
           'Apache Beam is missing: pip install "vjepa_jax[beam]"'
       ) from error
+    try:
+      options = shlex.split(self.options)
+    except ValueError as error:
+      raise DataError(f"beam_options {self.options!r}: {error}") from error
     self.say(f"writing {len(tasks)} shards through Apache Beam")
     crew = shard_writing.Crew(1, 1, self.timeout_s, _no_counts)
     try:
-      with beam.Pipeline(options=PipelineOptions(shlex.split(self.options))) as line:
+      with beam.Pipeline(options=PipelineOptions(options)) as line:
         _ = (
             line
             | beam.Create(tasks)

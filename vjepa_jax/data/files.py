@@ -81,11 +81,21 @@ class Transform:
       ValueError: as of the readers, the operations and `ops.resample`.
     """
     ops.check_options(self.resample, self.dtype)
+    for name in ("canvas", "fov_mm", "spacing_mm", "min_size"):
+      sizes = getattr(self, name)
+      if len(sizes) != 3 or not min(sizes) > 0:
+        raise ValueError(f"{name} is {sizes}, must be three numbers (Z, Y, X) above 0")
+    reader = dict(self.reader)
+    known = {field.name for field in dataclasses.fields(readers.ReadOptions)}
+    faults = [f"reader: unknown option {key!r}" for key in sorted(reader.keys() - known)]
+    faults += [f"reader: {fault}" for fault in readers.read_option_faults(reader)]
+    faults += ops.op_faults([dict(step) for step in self.ops])
+    if faults:
+      raise ValueError("; ".join(faults))
     readers.ReadOptions(**{
         "modalities": self.modalities, "colour": self.colour,
-        "max_voxels": self.max_voxels, **dict(self.reader),
+        "max_voxels": self.max_voxels, **reader,
     })
-    _ = self._ops
 
   @functools.cached_property
   def _ops(self) -> list[Callable[..., Record]]:

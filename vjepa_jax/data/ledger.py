@@ -251,8 +251,11 @@ class Ledger:
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(_COLUMNS)
     writer.writerows({**self._earlier, **self._bad}.values())
-    storage.make_folder(storage.parent(self._path))
-    storage.write_bytes(self._path, text.getvalue().encode())
+    try:
+      storage.make_folder(storage.parent(self._path))
+      storage.write_bytes(self._path, text.getvalue().encode())
+    except ReadError as error:  # Of the table: it must not pass for the recording's.
+      raise DataError(f"the quarantine table cannot be written: {error}") from error
 
 
 def check_lost(

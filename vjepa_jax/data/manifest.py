@@ -309,14 +309,36 @@ def _read_table(path: str) -> tuple[list[dict[str, str]], list[str]]:
     delimiter = ","
   else:
     delimiter = "\t" if head.count("\t") >= head.count(",") else ","
-  reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-  names = [(n or "").strip() for n in reader.fieldnames or ()]
-  reader.fieldnames = names
-  table = [
-      {k: (v or "").strip() for k, v in cells.items() if isinstance(k, str)}
-      for cells in reader
-  ]
+  # Strict: a quote that is never closed would take all rows below it in silence.
+  reader = csv.DictReader(
+      io.StringIO(text, newline=""), delimiter=delimiter, strict=True
+  )
+  table = []
+  try:
+    names = [(n or "").strip() for n in reader.fieldnames or ()]
+    reader.fieldnames = names
+    for cells in reader:
+      _check_quotes(cells, delimiter, len(names))
+      table.append(
+          {k: (v or "").strip() for k, v in cells.items() if isinstance(k, str)}
+      )
+  except csv.Error as error:
+    raise DataError(
+        f"{path}: line {reader.reader.line_num} is no row of a table ({error}); close its "
+        "quotes, or write it without"
+    ) from error
+  twice = sorted({name for name in names if name and names.count(name) > 1})
+  if twice:
+    raise DataError(f"{path}: column(s) {', '.join(twice)} are there twice")
   return table, names
+
+
+def _check_quotes(cells: Mapping[str, Any], delimiter: str, columns: int) -> None:
+  """Refuses a cell that holds a whole row: two quotes were not meant as a pair."""
+  for value in cells.values():
+    for line in value.split("\n")[1:] if isinstance(value, str) else ():
+      if columns > 1 and line.count(delimiter) == columns - 1:
+        raise csv.Error("a quote opens a cell that takes other rows in")
 
 
 def _read_json(path: str, text: str) -> tuple[list[dict[str, str]], list[str]]:
@@ -327,6 +349,8 @@ def _read_json(path: str, text: str) -> tuple[list[dict[str, str]], list[str]]:
     raise DataError(f"{path}: is not JSON: {error}") from error
   if isinstance(tree, dict) and isinstance(tree.get("data"), list):
     tree = tree["data"]
+  if not isinstance(tree, dict | list):
+    tree = []
   groups = {"": tree} if isinstance(tree, list) else tree
   table = []
   for split, entries in groups.items():
@@ -388,6 +412,7 @@ def _read_participants(path: str | None) -> dict[str, dict[str, str]]:
     return {}
   table, names = _read_table(path)
   _check_columns(path, names, ["participant_id"])
+  table = [cells for cells in table if cells.get("participant_id")]
   counts = collections.Counter(cells["participant_id"] for cells in table)
   twice = sorted(k for k, n in counts.items() if n > 1)
   if twice:

@@ -6,14 +6,15 @@ reason, logged once, quarantined, and never replaced. The run stops above
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import dataclasses
 from typing import Any
 
 from vjepa_jax.data import ledger as ledger_lib
 from vjepa_jax.data import manifest as manifest_lib
+from vjepa_jax.data import memory, readers, shard_writing, shards, storage
 from vjepa_jax.data import mixture as mixture_lib
 from vjepa_jax.data import pool as pool_lib
-from vjepa_jax.data import readers, shard_writing, shards
 from vjepa_jax.data.batches import (
     HostShare,
     TrainIterator,
@@ -267,28 +268,34 @@ def open_data(
   ]
   threads = max(threads, workers)
   counted = _Progress(progress, len(rows))
-  if cache not in ("memory", "none"):
-    # Processes take seconds to start, which few files are not worth.
-    processes = threads if threads > 1 and len(rows) >= _MANY_FILES else 0
-    crew = shard_writing.Crew(
-        workers or processes, threads, timeout_s, ledger.note_retries
-    )
-    canvases = [
-        open_shards(
-            cache, source, own, crew=crew, progress=counted,
-            max_bad=int(max_bad_fraction * len(rows)),
-        ) for source, own in zip(planned, files, strict=True)
-    ]
-  else:
-    canvases = [dict.fromkeys(source.parts, own) for source, own in zip(planned, files)]
-    if not lazy:
-      for source, own in zip(planned, files, strict=True):
-        for part in source.parts.values():
-          for _ in own.read_all(part, threads, counted):
-            pass
-      ledger.finish()
-  labels = manifest_lib.label_names(rows)
-  volumes = _volumes(planned, canvases, labels, ledger, mixture)
+  memory.keep_large_blocks()
+  with contextlib.ExitStack() as stack:
+    # Who gets an error gets no Data to close.
+    for pool in pools:
+      stack.callback(pool.close)
+    if cache not in ("memory", "none"):
+      # Processes take seconds to start, which few files are not worth.
+      processes = threads if threads > 1 and len(rows) >= _MANY_FILES else 0
+      crew = shard_writing.Crew(
+          workers or processes, threads, timeout_s, ledger.note_retries
+      )
+      canvases = [
+          open_shards(
+              cache, source, own, crew=crew, progress=counted,
+              max_bad=int(max_bad_fraction * len(rows)),
+          ) for source, own in zip(planned, files, strict=True)
+      ]
+    else:
+      canvases = [dict.fromkeys(source.parts, own) for source, own in zip(planned, files)]
+      if not lazy:
+        for source, own in zip(planned, files, strict=True):
+          for part in source.parts.values():
+            for _ in own.read_all(part, threads, counted):
+              pass
+        ledger.finish()
+    labels = manifest_lib.label_names(rows)
+    volumes = _volumes(planned, canvases, labels, ledger, mixture)
+    stack.pop_all()
   return Data(
       volumes, labels, ledger,
       {
@@ -387,6 +394,8 @@ def _check_options(
 ):
   if validate not in ("read", "lazy"):
     raise ValueError(f"validate is {validate!r}, must be \"read\" or \"lazy\"")
+  if "://" in cache and not storage.is_remote(cache):
+    raise ValueError(f"cache={cache!r} must be a local folder or gs://")
   if cache not in ("memory", "none") and validate == "lazy":
     raise ValueError(
         f"cache={cache!r} reads every file when it is filled; use validate=\"read\""

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from typing import Any
 
 import numpy as np
@@ -88,24 +89,39 @@ class Pool:
     """Ends all workers; the pool reads no more."""
     with self._lock:
       self._closed = True
-      live, self._live = self._live, set()
+      live = set(self._live)
     for worker in live:
-      worker.close()
+      worker.end()
+    # A pipe is closed by whoever reads from it, who sees the end now: closed twice, or
+    # under a reader, its number may be another file's already.
+    idle = []
+    with contextlib.suppress(queue.Empty):
+      while True:
+        idle.append(self._idle.get_nowait())
+    for worker in idle:
+      if worker:
+        self._end(worker)
+      self._idle.put(None)  # Who waits is told that it is closed.
 
   def _read(self, row: Row) -> Record:
     worker = self._idle.get()
     try:
       worker = worker or self._start()
       found, counts = worker.read(row, self._timeout_s)
-    except (_Died, TimeoutError) as error:
-      self._end(worker)
+    except BaseException as error:
+      # Not even after Ctrl-C may it answer the next row with this one's voxels.
+      if worker:
+        self._end(worker)
       worker = None
-      if isinstance(error, _Died):
+      if not isinstance(error, TimeoutError):
         raise
       raise ReadError(
           row.path, "timed_out", f"not read within {self._timeout_s:g} s"
       ) from error
     finally:
+      if worker and self._closed:
+        self._end(worker)
+        worker = None
       self._idle.put(worker)
     self._note_retries(counts)
     if isinstance(found, Exception):
@@ -113,13 +129,16 @@ class Pool:
     return found
 
   def _start(self) -> "_Worker":
+    closed = DataError("the pool of data workers is closed")
+    if self._closed:
+      raise closed
     worker = _Worker(self._transform)
     with self._lock:
       if not self._closed:
         self._live.add(worker)
         return worker
-    worker.close()
-    raise DataError("the pool of data workers is closed")
+    worker.close()  # It was closed while the worker started.
+    raise closed
 
   def _end(self, worker: "_Worker"):
     with self._lock:
@@ -167,11 +186,15 @@ class _Worker:
       found = Record(volume, **found)
     return found, counts
 
-  def close(self) -> None:
-    """Ends the process, if it still lives."""
+  def end(self) -> None:
+    """Ends the process, if it still lives; any thread may."""
     with contextlib.suppress(ProcessLookupError):
       self.process.kill()
     self.process.wait()
+
+  def close(self) -> None:
+    """Ends the process and closes the pipe: for the thread that has the worker."""
+    self.end()
     self._pipe.close()
     self._file.close()
 
@@ -195,8 +218,9 @@ def serve(pipe_number: int, file_number: int) -> None:
   """Reads rows until the other end closes; what a worker process runs."""
   import cv2
 
-  from vjepa_jax.data import storage
+  from vjepa_jax.data import memory, storage
 
+  memory.keep_large_blocks()
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle.
   cv2.setNumThreads(1)
   with connection.Connection(pipe_number) as pipe, contextlib.suppress(EOFError):
@@ -209,15 +233,25 @@ def serve(pipe_number: int, file_number: int) -> None:
         found: Any = _store(transform(row), file_number)
       except (ReadError, DataError) as error:
         found = error
+      except Exception as error:  # An operation's fault is not the file's.
+        traceback.print_exc()
+        found = DataError(
+            f"{row.id}: {type(error).__name__}: {error}; a data worker wrote above "
+            "where, and nothing was quarantined"
+        )
       pipe.send((found, storage.counters()))
 
 
-def _store(record: Record, file_number: int) -> dict[str, Any]:
+def _store(record: Record, file_number: int) -> dict[str, Any] | Record:
   """Writes the voxels into the common file; returns the rest."""
   volume = np.ascontiguousarray(record.volume)
   view, start = memoryview(volume.reshape(-1).view(np.uint8)), 0
-  while start < len(view):
-    start += os.pwrite(file_number, view[start:], start)
+  try:
+    while start < len(view):
+      start += os.pwrite(file_number, view[start:], start)
+  except OSError:  # Containers often have 64 MB there: the slow way, by the pipe.
+    os.ftruncate(file_number, 0)
+    return record
   return {
       "shape": volume.shape, "dtype": volume.dtype.name, "spacing": record.spacing,
       "source": record.source, "subject": record.subject, "mean": record.mean,

@@ -199,6 +199,9 @@ def _describe(entry: storage.Entry) -> dict[str, Any]:
       raise
     detail = " ".join(error.detail.split())
     return {"path": entry.path, "reason": error.reason, "detail": detail}
+  except Exception as error:  # pydicom raises many kinds, when a value is asked for.
+    detail = " ".join(f"{type(error).__name__}: {error}".split())
+    return {"path": entry.path, "reason": "bad_header", "detail": detail}
 
 
 def _head_facts(entry: storage.Entry) -> dict[str, Any]:

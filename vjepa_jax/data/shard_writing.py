@@ -9,7 +9,7 @@ not written again.
 
 import base64
 import collections
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import concurrent.futures
 import contextlib
 import csv
@@ -162,6 +162,7 @@ def prepare(
     DataError: if a split has no good file, a shard cannot be written or read back,
       or the bucket cannot be reached. The same call goes on from there.
   """
+  _check_names(parts)
   notes = shards.read_notes(path)
   if notes is None or _leftovers(path):
     scratch = _scratch(path)
@@ -705,8 +706,11 @@ def _describe(
 @contextlib.contextmanager
 def _alone(folder: str, say: Callable[[str], None]) -> Iterator[None]:
   """Holds a folder against other writers on this machine, and tidies it."""
-  os.makedirs(folder, exist_ok=True)
-  handle = os.open(folder, os.O_RDONLY)
+  try:
+    os.makedirs(folder, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+  except OSError as error:
+    raise DataError(f"{folder}: no folder to write in: {error}") from error
   try:
     if _lock(handle, folder, say):
       _remove_parts(folder)
@@ -762,6 +766,17 @@ def _sweep(path: str) -> None:
     if storage.basename(entry.path) != storage.basename(_PLAN):
       storage.delete(entry.path)
   storage.delete_tree(storage.join(path, _UNFINISHED))
+
+
+def _check_names(splits: Iterable[str]) -> None:
+  homes: dict[str, str] = {}
+  for split in splits:
+    other = homes.setdefault(_name_of(split), split)
+    if other != split:
+      raise DataError(
+          f"the splits {other!r} and {split!r} would share the files {_name_of(split)}; "
+          "rename one"
+      )
 
 
 def _name_of(split: str) -> str:

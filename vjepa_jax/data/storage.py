@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import posixpath
@@ -95,6 +96,15 @@ def configure(
 def is_remote(path: str) -> bool:
   """Says whether the path names an object in a bucket."""
   return str(path).startswith(_BUCKET)
+
+
+def is_out_of_reach(error: BaseException | None) -> bool:
+  """Says whether an error comes from a bucket that cannot be reached for now."""
+  while error is not None:
+    if isinstance(error, ReadError) and error.reason == "unreachable":
+      return is_remote(error.path)
+    error = error.__cause__
+  return False
 
 
 def read_bytes(
@@ -473,7 +483,11 @@ def _local_errors(path: str) -> Iterator[None]:
     ) from error
   except (FileNotFoundError, NotADirectoryError) as error:
     raise ReadError(path, "missing_file", "no such file") from error
+  except ValueError as error:  # A null byte in the name.
+    raise ReadError(path, "missing_file", f"no such file: {error}") from error
   except PermissionError as error:
     raise ReadError(path, "forbidden", f"{type(error).__name__}: {error}") from error
   except OSError as error:
-    raise ReadError(path, "unreachable", f"{type(error).__name__}: {error}") from error
+    found = f"{type(error).__name__}: {error}"
+    named = error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+    raise ReadError(path, "missing_file" if named else "unreachable", found) from error
