@@ -16,7 +16,12 @@ REQUIRED = [
     "pylibjpeg>=2.0",
     "pylibjpeg-openjpeg>=2.3",
     "pyjpegls>=1.4",
-    "gcsfs>=2025.1",
+    # Its session and credentials; data/gcs.py uses names of it that are not public.
+    "gcsfs>=2025.1,<2027",
+    "fsspec>=2025.1",
+    "aiohttp>=3.9",
+    "yarl>=1.9",
+    "google-crc32c>=1.5",
     "einops>=0.8,<0.9",
     "clu>=0.0.12,<0.1",
     "numpy>=2.0",
