@@ -269,7 +269,7 @@ def test_an_unknown_override_names_the_closest_key(tmp_path):
 
 
 @pytest.mark.parametrize("key,value,said", [
-    ("cache", "/tmp/canvases", "needs data.validate=read"),
+    ("cache", "s3://canvases", "must be a local folder or gs://"),
     ("max_records", -1, "must be at least 0"),
     ("canvas", (64, 384), "three numbers"),
     ("fov_mm", (6.0, 0.0, 6.0), "above 0"),

@@ -403,12 +403,22 @@ def test_progress_is_told_of_every_file(write_corpus):
     ({"validate": "maybe"}, "validate"), ({"max_bad_fraction": 2}, "max_bad_fraction"),
     ({"threads": 0}, "threads"), ({"max_records": 0}, "max_records"),
     ({"resample": "zoom"}, "policy"), ({"dtype": "int8"}, "dtype"),
-    ({"cache": "some/folder", "validate": "lazy"}, "validate=\"read\""),
     ({"colour": "blue"}, "colour"),
 ])
 def test_an_option_out_of_range_is_named(write_corpus, options, words):
   with pytest.raises(ValueError, match=words):
     opened(write_corpus(people=2), **options)
+
+
+def test_a_cache_folder_is_filled_at_once_also_where_reading_is_lazy(
+    write_corpus, tmp_path
+):
+  manifest = write_corpus(people=3, broken={1: "truncated"})
+  data = opened(
+      manifest, validate="lazy", cache=str(tmp_path / "shards"), max_bad_fraction=0.5
+  )
+  assert [bad.reason for bad in data.quarantine] == ["truncated"]
+  assert sum(map(len, data.splits.values())) == 5
 
 
 def test_the_data_room_imports_no_jax():

@@ -274,11 +274,6 @@ def _data_faults(plain: Mapping[str, Any]) -> list[str]:
     if not 0 <= data.get(key, 0.0) <= 1:
       faults.append(f"data.{key}: {data[key]} is not in [0, 1]")
   if data.get("cache", "none") not in ("memory", "none"):
-    if data.get("validate", "read") == "lazy":
-      faults.append(
-          f"data.cache: {data['cache']!r} is filled before step 1; it needs "
-          "data.validate=read"
-      )
     if "://" in data["cache"] and not data["cache"].startswith("gs://"):
       faults.append(f"data.cache: {data['cache']!r} must be a local folder or gs://")
   if data.get("cache_bytes", 0) < 0:

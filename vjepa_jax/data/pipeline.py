@@ -205,7 +205,7 @@ def open_data(
     max_voxels: cap on a recording, before decoding and before resampling.
     require_spacing: whether a recording of unknown dz, dy or dx is bad.
     validate: "read" reads every file before the start; "lazy" finds bad files
-      while training and skips them.
+      while training and skips them. A cache folder reads every file when filled.
     max_bad_fraction: above this share of bad files there is no run; it holds for
       all files together and for each device that has at least 20.
     max_lost_fraction: above this share of a manifest's rows lost without being asked
@@ -249,7 +249,7 @@ def open_data(
   )
   parts = _joined_parts(planned)
   rows = [row for part in parts.values() for row in part]
-  lazy = validate == "lazy"
+  lazy = validate == "lazy" and cache in ("memory", "none")
   ledger = Ledger(
       parts, max_bad_fraction, lazy=lazy, path=_own_table(quarantine, host, lazy)
   )
@@ -396,10 +396,6 @@ def _check_options(
     raise ValueError(f"validate is {validate!r}, must be \"read\" or \"lazy\"")
   if "://" in cache and not storage.is_remote(cache):
     raise ValueError(f"cache={cache!r} must be a local folder or gs://")
-  if cache not in ("memory", "none") and validate == "lazy":
-    raise ValueError(
-        f"cache={cache!r} reads every file when it is filled; use validate=\"read\""
-    )
   for name, share in (
       ("max_bad_fraction", max_bad_fraction), ("max_lost_fraction", max_lost_fraction)
   ):
