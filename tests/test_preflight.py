@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import cv2
+import pydicom
 import pytest
 
 from tests.data import bucket as buckets
@@ -33,28 +34,6 @@ def load(manifest, **data):
 
 def lines(table, name):
   return [f for f in table.findings if f.name == name]
-
-
-@pytest.mark.slow
-def test_a_sound_run_has_no_fault_and_is_described(manifest, tmp_path):
-  said = []
-  table = preflight.run(load(manifest), tmp_path / "run", volumes=8, say=said.append)
-  assert not table.faults, "\n".join(said)
-  names = {f.name for f in table.findings}
-  assert names >= {
-      "config", "workdir", "manifest", "devices", "decoders", "volumes", "canvases",
-      "units", "batch", "augment", "masks", "figures", "one volume", "reading",
-      "state", "memory", "a step", "preflight",
-  }
-  assert "Explicit VR Little Endian" in lines(table, "decoders")[0].detail
-  assert "8 volumes of 32 tokens" in lines(table, "batch")[0].detail
-  folder = tmp_path / "run" / "preflight"
-  found = json.loads((folder / "preflight.json").read_text())
-  assert [f["name"] for f in found] == [f.name for f in table.findings][:-1]
-  for name in ("canvases.png", "masks.png"):
-    assert cv2.imread(str(folder / name)).std() > 10
-  # Nothing of a run: neither data are quarantined nor is a step taken.
-  assert [p.name for p in (tmp_path / "run").iterdir()] == ["preflight"]
 
 
 def test_every_fault_is_found_not_only_the_first(manifest, tmp_path, monkeypatch):
@@ -91,6 +70,11 @@ def test_every_fault_is_found_not_only_the_first(manifest, tmp_path, monkeypatch
   assert all("missing_file" in f.detail for f in lines(table, "volume"))
   assert "model.width" in lines(table, "continuation")[0].detail
   assert lines(table, "masks")  # what can be tried is tried all the same
+  folder = tmp_path / "run" / "preflight"
+  found = json.loads((folder / "preflight.json").read_text())
+  assert [f["name"] for f in found] == [f.name for f in table.findings][:-1]
+  for name in ("canvases.png", "masks.png"):
+    assert cv2.imread(str(folder / name)).std() > 10
 
 
 def test_all_faults_of_a_config_are_lines(manifest, tmp_path):
@@ -105,23 +89,23 @@ def test_all_faults_of_a_config_are_lines(manifest, tmp_path):
 def test_a_decoder_that_is_missing_is_a_fault_whatever_may_be_lost(
     manifest, tmp_path, monkeypatch
 ):
-  from vjepa_jax.data import readers
-  from vjepa_jax.data.record import ReadError
-
   monkeypatch.setattr(preflight, "_check_step", lambda *unused: None)
-  read, tried = readers.read, []
-
-  def first_has_no_decoder(path, **options):
-    tried.append(path)
-    if len(tried) == 1:
-      raise ReadError(path, "no_decoder", "JPEG 2000", "pip install x")
-    return read(path, **options)
-
-  monkeypatch.setattr(readers, "read", first_has_no_decoder)
-  config = load(manifest, max_bad_fraction=0.9)
-  table = preflight.run(config, tmp_path, say=lambda text: None)
+  rows = [line.split("\t") for line in manifest.read_text().splitlines()]
+  place = rows[0].index("filepath")
+  dataset = pydicom.dcmread(manifest.parent / rows[1][place].strip("/"))
+  # A movie, which no DICOM decoder opens.
+  dataset.file_meta.TransferSyntaxUID = pydicom.uid.MPEG4HP41
+  dataset.PixelData = pydicom.encaps.encapsulate([b"\0" * 64])
+  dataset["PixelData"].VR = "OB"
+  dataset["PixelData"].is_undefined_length = True
+  dataset.save_as(manifest.parent / "movie.dcm", enforce_file_format=True)
+  rows[1][place] = "/movie.dcm"
+  own = manifest.with_name("movie.tsv")
+  own.write_text("\n".join("\t".join(row) for row in rows) + "\n")
+  config = load(own, max_bad_fraction=0.9)
+  table = preflight.run(config, tmp_path, volumes=60, say=lambda text: None)
   (line,) = [f for f in lines(table, "volume") if f.status == preflight.FAIL]
-  assert "no_decoder" in line.detail and "pip install x" in line.detail
+  assert "movie.dcm: no_decoder" in line.detail and table.faults == 2
 
 
 def test_recordings_are_chosen_from_every_device(manifest):
@@ -156,21 +140,34 @@ def test_the_command_says_all_of_it_and_ends_with_2(manifest, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_is_tried_there(manifest):
+def test_a_sound_run_in_a_bucket_has_no_fault_and_is_described(manifest):
   with buckets.start() as emulator:
     bucket = emulator.make_bucket()
     done = command(
         f"--workdir={bucket}/run", "--preflight", f"--config.data.manifest={manifest}",
         **emulator.env,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"emulator at {emulator.host}" in done.stdout
     written = [r for r in emulator.requests() if r.startswith("POST")]
-    for name in ("preflight.json", "canvases.png", "masks.png"):
-      assert any(f"run/preflight/{name}" in r for r in written)
-    done = command(
+    refused = command(
         "--workdir=gs://no-such-bucket/run", "--preflight=1",
         "--config.data.threads=0", **emulator.env,
     )
-  assert done.returncode == 2
-  assert "FAIL  workdir" in done.stdout and "FAIL  config" in done.stdout
+  assert done.returncode == 0 and "FAIL" not in done.stdout, done.stdout + done.stderr
+  assert f"emulator at {emulator.host}" in done.stdout
+  told = {line[6:19].strip(): line for line in done.stdout.splitlines()}
+  assert set(told) >= {
+      "config", "credentials", "workdir", "manifest", "devices", "decoders", "volumes",
+      "canvases", "units", "batch", "augment", "masks", "figures", "one volume",
+      "reading", "state", "memory", "a step", "preflight",
+  }
+  assert "Explicit VR Little Endian uint8 x" in told["decoders"]
+  assert "8 volumes of 32 tokens" in told["batch"]
+  # Nothing of a run: neither data are quarantined nor is a step taken.
+  names = {r.split("/run/")[1].split("?")[0] for r in written if "/run/preflight/" in r}
+  assert names == {
+      f"preflight/{name}" for name in ("canvases.png", "masks.png", "preflight.json")
+  }
+  probes = [r for r in written if "/run/" in r and "/run/preflight/" not in r]
+  assert all("/run/preflight_" in r for r in probes)
+  assert refused.returncode == 2
+  assert "FAIL  workdir" in refused.stdout and "FAIL  config" in refused.stdout

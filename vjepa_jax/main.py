@@ -26,7 +26,7 @@ import numpy as np
 
 from vjepa_jax import config as config_lib
 from vjepa_jax.config import preflight
-from vjepa_jax.data import pipeline
+from vjepa_jax.data import pipeline, storage
 from vjepa_jax.data.record import DataError, ReadError
 from vjepa_jax.report import summary
 from vjepa_jax.train import checkpoint, loop, metrics
@@ -187,7 +187,9 @@ def try_run(config: Any, workdir: str | os.PathLike[str], volumes: int) -> int:
   return preflight.run(config, workdir, volumes=volumes, checks=checks).faults
 
 
-def check_continuation(workdir: str | os.PathLike[str], plain: Mapping[str, Any]) -> None:
+def check_continuation(
+    workdir: str | os.PathLike[str], plain: Mapping[str, Any]
+) -> None:
   """Refuses to go on from the checkpoints of another config.
 
   A workdir without a checkpoint has nothing to go on from. Another length is
@@ -258,13 +260,12 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _is_bucket_lost(error: BaseException | None) -> bool:
   """Says whether an error comes from a bucket that cannot be reached for now."""
-  while error is not None:
-    if isinstance(error, workdir_lib.WorkdirError):
+  cause = error
+  while cause is not None:
+    if isinstance(cause, workdir_lib.WorkdirError):
       return True
-    if isinstance(error, ReadError) and error.reason == "unreachable":
-      return True
-    error = error.__cause__
-  return False
+    cause = cause.__cause__
+  return storage.is_out_of_reach(error)
 
 
 def _write_json(path: os.PathLike[str], value: Any) -> None:

@@ -250,6 +250,7 @@ def _make_handler(store, faults: _Faults):
   from gcp_storage_emulator import server
 
   lock = threading.Lock()
+  finished: dict[str, tuple] = {}
   read_data = server._read_data
 
   def read_exactly(asked, query):
@@ -334,14 +335,18 @@ def _make_handler(store, faults: _Faults):
           extra["Content-Encoding"] = resource["contentEncoding"]
         if not _settle_range(self.headers, size):
           return 416, {}, _error(416, "the range lies beyond the end")
+      # A finished upload answers again as it did, to those who lost the answer.
+      upload = parse_qs(urlsplit(self.path).query).get("upload_id", [""])[0]
+      if upload in finished:
+        return finished[upload]
       asked = _Asked(self, body)
       server.Router(asked).handle(method)
       content = asked.wfile.getvalue()
+      if upload and asked.status == 200:
+        finished[upload] = 200, asked.sent, content
       if method == "GET" and _LISTING.match(self.path) and asked.status == 200:
         content = _page(self.path, content)
-      if asked.status == 308 and not store.get_resumable_byte_count(
-          parse_qs(urlsplit(self.path).query)["upload_id"][0]
-      ):
+      if asked.status == 308 and not store.get_resumable_byte_count(upload):
         del asked.sent["Range"]  # It claims one byte where nothing has arrived.
       return asked.status, asked.sent | extra, content
 

@@ -177,7 +177,8 @@ def test_data_and_workdir_in_a_bucket_change_no_number(
   bucket = store.emulator.make_bucket("plain")
   store.put("plain", "other/keep.bin", b"not ours")
   store.put("plain", "run2/keep.bin", b"a name that begins alike")
-  done = run(environment, f"{bucket}/run", IN_BUCKET, "--config.train.profile_from_step=3")
+  traced = "--config.train.profile_from_step=3"
+  done = run(environment, f"{bucket}/run", IN_BUCKET, traced)
   assert done.returncode == 0, done.stdout + done.stderr
   copy = store.copy("plain", "run", tmp_path)
   assert_same_run(local, copy)

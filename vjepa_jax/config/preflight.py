@@ -283,7 +283,8 @@ def _check_volumes(
   share = len(bad) / len(chosen)
   table.add(
       FAIL if share > allowed or not samples else OK, "volumes",
-      f"{len(samples)} of {len(chosen)} tried are good; max_bad_fraction is {allowed:g}",
+      f"{len(samples)} of {len(chosen)} tried are good; max_bad_fraction is "
+      f"{allowed:g}",
   )
   _check_canvases(table, samples)
   return samples
@@ -426,8 +427,8 @@ def _check_rate(
     rows = experiment.options.batch_size // hosts
     table.add(
         NOTE, "each step",
-        f"its {rows} volumes take {rows * a_volume:.2f} s to read; a shorter step waits "
-        "for data. Prepare shards (data.cache=FOLDER) to read them once",
+        f"its {rows} volumes take {rows * a_volume:.2f} s to read; a shorter step "
+        "waits for data. Prepare shards (data.cache=FOLDER) to read them once",
     )
   else:
     minutes = files * a_volume / 60
@@ -505,16 +506,17 @@ def _compile(experiment, state, places, batch):
 
 
 def _time_step(compiled, draw, places, batch, mesh) -> float:
-  """Returns the seconds of the second step, on an empty batch."""
+  """Returns the seconds of the second step, on a batch of ones."""
   state = jax.jit(draw, out_shardings=places)(jax.random.key(0))
   hosts = jax.process_count()
-  empty = sharding.put_batch(
-      {k: np.ones((v.shape[0] // hosts, *v.shape[1:]), v.dtype) for k, v in batch.items()},
-      mesh,
-  )
+  ones = {
+      name: np.ones((leaf.shape[0] // hosts, *leaf.shape[1:]), leaf.dtype)
+      for name, leaf in batch.items()
+  }
+  ones = sharding.put_batch(ones, mesh)
   for _ in range(2):
     begin = time.perf_counter()
-    state, metrics = compiled(state, empty)
+    state, metrics = compiled(state, ones)
     jax.block_until_ready(metrics)
     seconds = time.perf_counter() - begin
   return seconds
@@ -558,7 +560,9 @@ def _size(count: float) -> str:
 
 def _finish(table: Table, folder) -> None:
   """Keeps the table beside the figures, where that is possible."""
-  verdict = f"{table.faults} fault(s)" if table.faults else "no fault; the run may start"
+  verdict = "no fault; the run may start"
+  if table.faults:
+    verdict = f"{table.faults} fault(s)"
   text = json.dumps([dataclasses.asdict(f) for f in table.findings], indent=2) + "\n"
   if not table.failed("workdir"):
     with table.trying("workdir"):

@@ -104,7 +104,8 @@ def write_report(
   workdir = epath.Path(workdir)
   config = _read_json(workdir / "config.json")
   report = summarize(metrics, _read_json(workdir / "data_report.json"), config)
-  _write(workdir / "report.json", (json.dumps(_finite(report), indent=2) + "\n").encode())
+  text = json.dumps(_finite(report), indent=2) + "\n"
+  _write(workdir / "report.json", text.encode())
   if figures and drawing.has_curves(metrics):
     try:
       image = drawing.curves(metrics, title=str((config or {}).get("name", "")))

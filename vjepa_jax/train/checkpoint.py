@@ -256,8 +256,8 @@ class Checkpoints:
       self._failed = True
       reason = " ".join(str(error).split())[:500]
       raise workdir_lib.WorkdirError(
-          f"{self.directory}: saving failed: {type(error).__name__}: {reason}; the same "
-          "command goes on from the last complete checkpoint"
+          f"{self.directory}: saving failed: {type(error).__name__}: {reason}; the "
+          "same command goes on from the last complete checkpoint"
       ) from error
 
   def _check_exists(self, step: int) -> None:

@@ -164,7 +164,9 @@ def run(
     stack.callback(writer.close)
     if saver.resumed:
       _restore_evaluators(evaluators or {}, files.folder)
-    profile = watch.Profile(files.folder, options.profile_from_step, options.profile_steps)
+    profile = watch.Profile(
+        files.folder, options.profile_from_step, options.profile_steps
+    )
     stack.callback(profile.close)
     if eval_batches is not None:
       evaluators = {

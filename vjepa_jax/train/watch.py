@@ -23,6 +23,7 @@ from vjepa_jax.train.checkpoint import DataIterator
 # Steps handed to the device before the host waits: enough to hide the host's work,
 # few enough that batches do not pile up in device memory.
 _IN_FLIGHT = 2
+_CLOSING_S = 10.0
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -94,8 +95,10 @@ class Feed:
     self._iterator.set_state(state)
 
   def close(self) -> None:
-    """Reads no further; a batch that is being read is not waited for."""
+    """Reads no further; a batch that is being read is waited for, but not for long."""
     self._reader.shutdown(wait=False, cancel_futures=True)
+    if self._ahead is not None and not self._ahead.cancelled():
+      concurrent.futures.wait([self._ahead], timeout=_CLOSING_S)
 
   def _read(self) -> tuple[Mapping[str, Any], Any]:
     batch = next(self._iterator, None)
