@@ -1,5 +1,6 @@
 """The files of a run reach its bucket, whatever the bucket does meanwhile."""
 
+import tempfile
 import threading
 import time
 
@@ -18,10 +19,11 @@ def emulator():
 
 
 @pytest.fixture
-def bucket(emulator, monkeypatch):
+def bucket(emulator, monkeypatch, tmp_path):
   """An empty bucket; what clients remember of another emulator is forgotten."""
   for name, value in emulator.env.items():
     monkeypatch.setenv(name, value)
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
   forget = backend._FileSystemSpecBackend._get_filesystem.cache_clear
   forget()
   gcsfs.GCSFileSystem.clear_instance_cache()
