@@ -172,7 +172,9 @@ def _axes_and_shape(
   shape = tuple(int(n) for n in series.shape)
   check_voxels(shape, source, options.max_voxels)
   colour = _is_colour(series.keyframe) and "S" in series.axes
-  if options.axes and len(options.axes) + colour > len(shape):
+  # Older releases of tifffile drop axes of length 1; get_shape tells of them.
+  squeezed = hasattr(series, "get_shape")
+  if squeezed and options.axes and len(options.axes) + colour > len(shape):
     whole = series.get_shape(False), series.get_axes(False)
     if len(whole[0]) == len(options.axes) + colour:
       return whole[1], tuple(whole[0])
