@@ -174,12 +174,8 @@ def read_bytes(data: bytes, place: Place, out: np.ndarray) -> bytes:
   """
   if len(data) != place.stop - place.start:
     raise ValueError(f"{len(data)} bytes, not {place.stop - place.start}")
-  head, view, at = bytearray(place.head), memoryview(data), 0
-  for part in _parts(place.start, memoryview(head), memoryview(out)):
-    size = _BLOCK_HEADER if part is None else len(part)
-    if part is not None:
-      part[:] = view[at : at + size]
-    at += size
+  head = bytearray(place.head)
+  _scatter(data, place.start, memoryview(head), memoryview(out))
   return _checked(bytes(head), out, place)
 
 
@@ -205,6 +201,16 @@ def _parts(
       yield target[done : done + size]
       done += size
       at += size
+
+
+def _scatter(data: bytes, start: int, head: memoryview, volume: memoryview) -> None:
+  """Copies a file's bytes from `start` to where they go, without block headers."""
+  view, at = memoryview(data), 0
+  for part in _parts(start, head, volume):
+    size = _BLOCK_HEADER if part is None else len(part)
+    if part is not None:
+      part[:] = view[at : at + size]
+    at += size
 
 
 def _advance(at: int, size: int) -> int:
@@ -244,12 +250,8 @@ def _content(file: int, start: int, size: int) -> bytes:
   data = os.pread(file, stop - start, start)
   if len(data) != stop - start:
     raise ValueError(f"ends at byte {start + len(data)}, before {stop}")
-  out, at = bytearray(size), 0
-  for part in _parts(start, memoryview(out), memoryview(b"")):
-    length = _BLOCK_HEADER if part is None else len(part)
-    if part is not None:
-      part[:] = data[at : at + length]
-    at += length
+  out = bytearray(size)
+  _scatter(data, start, memoryview(out), memoryview(b""))
   return bytes(out)
 
 

@@ -156,8 +156,8 @@ class TrainIterator:
     if differing:
       raise DataError(
           "the training data are not those of the checkpoint "
-          f"({'; '.join(differing)}): other batches would follow. Restore the manifest, its files and the config, "
-          "or begin anew in another workdir"
+          f"({'; '.join(differing)}): other batches would follow. Restore the "
+          "manifest, its files and the config, or begin anew in another workdir"
       )
     self._taken = state["batches"]
     for batches, place in zip(self._batches, state["place"], strict=True):

@@ -93,13 +93,7 @@ class Ledger:
 
   def good(self, row: Row, record: Record, *, group: Any = None) -> None:
     """Notes a volume that was read; it must stack with the others of its group."""
-    shape = record.volume.shape
-    self.note_good(row, {
-        "spacing_source": record.meta.get("spacing_source", "unknown"),
-        "spacing_invalid": bool(record.meta.get("spacing_invalid")),
-        "padding": float(record.meta.get("padding", 0)),
-        "kind": [record.volume.dtype.name, *shape],
-    }, group=group)
+    self.note_good(row, facts_of(record), group=group)
 
   def note_good(
       self, row: Row, facts: Mapping[str, Any], *, group: Any = None
@@ -131,11 +125,7 @@ class Ledger:
     Raises:
       DataError: if it is not the file's fault, or if there are too many.
     """
-    if error.reason in STOPS:
-      raise DataError(
-          f"{error}. This is not the file's fault: nothing was quarantined, and the "
-          "same command goes on"
-      ) from error
+    stop_if_blameless(error)
     with self._lock:
       if row.id in self._bad:
         return
@@ -247,15 +237,44 @@ class Ledger:
   def _write(self):
     if self._path is None:
       return
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    writer.writerows({**self._earlier, **self._bad}.values())
+    table = format_table({**self._earlier, **self._bad}.values())
     try:
       storage.make_folder(storage.parent(self._path))
-      storage.write_bytes(self._path, text.getvalue().encode())
+      storage.write_bytes(self._path, table)
     except ReadError as error:  # Of the table: it must not pass for the recording's.
       raise DataError(f"the quarantine table cannot be written: {error}") from error
+
+
+def facts_of(record: Record) -> dict[str, Any]:
+  """Returns what a ledger notes of a good canvas, ready for JSON."""
+  return {
+      "spacing_source": record.meta.get("spacing_source", "unknown"),
+      "spacing_invalid": bool(record.meta.get("spacing_invalid")),
+      "padding": float(record.meta.get("padding", 0)),
+      "kind": [record.volume.dtype.name, *record.volume.shape],
+  }
+
+
+def stop_if_blameless(error: ReadError) -> None:
+  """Lets a file's fault pass.
+
+  Raises:
+    DataError: if it is none, such as a bucket that cannot be reached.
+  """
+  if error.reason in STOPS:
+    raise DataError(
+        f"{error}. This is not the file's fault: nothing was quarantined, and the "
+        "same command goes on"
+    ) from error
+
+
+def format_table(bad: Iterable[Sequence[str]]) -> bytes:
+  """Returns bad recordings (path, reason, detail) as TSV with a heading."""
+  text = io.StringIO()
+  writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+  writer.writerow(_COLUMNS)
+  writer.writerows(bad)
+  return text.getvalue().encode()
 
 
 def check_lost(

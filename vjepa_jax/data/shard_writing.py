@@ -12,11 +12,9 @@ import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import concurrent.futures
 import contextlib
-import csv
 import dataclasses
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -32,7 +30,7 @@ import cv2
 import google_crc32c
 import numpy as np
 
-from vjepa_jax.data import array_records, shards, storage
+from vjepa_jax.data import array_records, ledger, shards, storage
 from vjepa_jax.data import pool as pool_lib
 from vjepa_jax.data.manifest import Row
 from vjepa_jax.data.record import DataError, ReadError, Record
@@ -43,8 +41,6 @@ _UNFINISHED = "unfinished"
 _PLAN = f"{_UNFINISHED}/plan.json"
 _SHARD_BYTES = 256 << 20
 PERCENTILES = (0.5, 1.0, 50.0, 99.0, 99.5)
-# What is not the file's fault, and stops the writing.
-_STOPS = ("unreachable",)
 Notes = Mapping[str, Any]
 
 
@@ -270,11 +266,7 @@ class _Reading:
     try:
       return self._read(row)
     except ReadError as error:
-      if error.reason in _STOPS:
-        raise DataError(
-            f"{error}. This is not the file's fault: nothing was quarantined, and the "
-            "same command goes on"
-        ) from error
+      ledger.stop_if_blameless(error)
       raise
 
   def _read(self, row: Row) -> Record:
@@ -422,7 +414,7 @@ def _write(
       head = _head(canvas)
       record = b"".join((head, memoryview(canvas.volume).cast("B")))
       sizes.append((len(head), google_crc32c.value(record), len(record)))
-      rows.append({"id": row.id, "facts": _facts(canvas)})
+      rows.append({"id": row.id, "facts": ledger.facts_of(canvas)})
       yield record
 
   scratch = _scratch(task.path)
@@ -469,16 +461,6 @@ def _head(canvas: Record) -> bytes:
   }
   features = {"facts": shards.to_json(facts), "spacing": canvas.spacing}
   return array_records.encode(features, canvas.volume)
-
-
-def _facts(canvas: Record) -> dict[str, Any]:
-  """Returns what a run's ledger counts of a good file."""
-  return {
-      "spacing_source": canvas.meta.get("spacing_source", "unknown"),
-      "spacing_invalid": bool(canvas.meta.get("spacing_invalid")),
-      "padding": float(canvas.meta.get("padding", 0)),
-      "kind": [canvas.volume.dtype.name, *canvas.volume.shape],
-  }
 
 
 def raw_facts(record: Record) -> dict[str, Any]:
@@ -615,7 +597,7 @@ def _finish(
       for name in parts
   }
   put = lambda name, data: storage.write_bytes(storage.join(path, name), data)
-  put(_QUARANTINE, _table(notes["bad"]))
+  put(_QUARANTINE, ledger.format_table(notes["bad"]))
   put(_REPORT, json.dumps(_report(splits, notes["bad"]), indent=2).encode() + b"\n")
   judge(notes)
   for name, members in splits.items():
@@ -636,13 +618,6 @@ def _finish(
   }))
   put(shards.NOTES, json.dumps(notes).encode())
   return notes
-
-
-def _table(bad: Sequence[Sequence[str]]) -> bytes:
-  text = io.StringIO()
-  writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-  writer.writerows([("path", "reason", "detail"), *bad])
-  return text.getvalue().encode()
 
 
 def _report(
