@@ -3,38 +3,19 @@
 python -m tests.data.library_files_dicom [FOLDER]
 """
 
-from collections import Counter
 from collections.abc import Iterable
-import dataclasses
 import math
 import os
 import pathlib
 import sys
-import warnings
 
 import numpy as np
 import pydicom
 from pydicom.data import get_testdata_files
 from pydicom.pixels import apply_modality_lut
 
+from tests.data.library_files import Row, quietly, table
 from vjepa_jax import data
-
-
-@dataclasses.dataclass
-class Row:
-  """What became of one file.
-
-  Attributes:
-    path: the file.
-    outcome: "read", or the reason it was refused for.
-    detail: transfer syntax, shape and spacing, or the words of the refusal.
-    fault: what differs from pydicom's own reading, or is untrue of the refusal.
-  """
-
-  path: str
-  outcome: str
-  detail: str
-  fault: str = ""
 
 
 def pydicom_files() -> list[str]:
@@ -44,15 +25,7 @@ def pydicom_files() -> list[str]:
 
 def compare(paths: Iterable[str]) -> list[Row]:
   """Reads each file by the library and by pydicom alone."""
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    return [_compare(path) for path in paths]
-
-
-def table(rows: Iterable[Row]) -> str:
-  """Returns the counts by outcome, the commonest first, as lines."""
-  counts = Counter(row.outcome for row in rows)
-  return "\n".join(f"{count:5d}  {outcome}" for outcome, count in counts.most_common())
+  return quietly(_compare, paths)
 
 
 def _compare(path: str) -> Row:

@@ -3,35 +3,16 @@
 python -m tests.data.library_files_nifti [FOLDER]
 """
 
-from collections import Counter
 from collections.abc import Iterable
-import dataclasses
 import os
 import pathlib
 import sys
-import warnings
 
 import nibabel
 import numpy as np
 
+from tests.data.library_files import Row, quietly, table
 from vjepa_jax import data
-
-
-@dataclasses.dataclass
-class Row:
-  """What became of one file.
-
-  Attributes:
-    path: the file.
-    outcome: "read", or the reason it was refused for.
-    detail: shape and spacing, or the words of the refusal.
-    fault: what differs from nibabel's own reading, or is untrue of the refusal.
-  """
-
-  path: str
-  outcome: str
-  detail: str
-  fault: str = ""
 
 
 def nibabel_files() -> list[str]:
@@ -46,15 +27,7 @@ def nibabel_files() -> list[str]:
 
 def compare(paths: Iterable[str]) -> list[Row]:
   """Reads each file by the library and by nibabel alone."""
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    return [_compare(path) for path in paths]
-
-
-def table(rows: Iterable[Row]) -> str:
-  """Returns the counts by outcome, the commonest first, as lines."""
-  counts = Counter(row.outcome for row in rows)
-  return "\n".join(f"{count:5d}  {outcome}" for outcome, count in counts.most_common())
+  return quietly(_compare, paths)
 
 
 def _load(path: str):

@@ -14,6 +14,7 @@ import zipfile
 import numpy as np
 
 from vjepa_jax.data.readers.base import (
+    DEFAULT_AXES,
     ReadOptions,
     arrange,
     border,
@@ -24,7 +25,6 @@ from vjepa_jax.data.record import ReadError, Record
 
 _MAGIC = b"\x93NUMPY"
 _ZIP = b"PK\x03\x04"
-_AXES = {3: "ZYX", 5: "TZYXC"}
 _STEP = 1 << 24
 
 
@@ -53,7 +53,7 @@ def read(data: bytes, source: str, options: ReadOptions) -> Record:
   else:
     stream = io.BytesIO(data)
     array = _take(stream, len(data), source, _header(stream, source), options)
-  axes = options.axes or _AXES.get(array.ndim)
+  axes = options.axes or DEFAULT_AXES.get(array.ndim)
   if axes is None or len(axes) != array.ndim:
     raise ReadError(
         source, "unsupported_format" if options.axes is None else "ambiguous_axes",

@@ -13,6 +13,8 @@ from vjepa_jax.data.record import DTYPES, ReadError, Record
 
 MAX_VOXELS = 2**30
 MAX_BYTES = 8 << 30
+# Of arrays that name no axes; [T, Y, X, ...] of four could be anything.
+DEFAULT_AXES = {3: "ZYX", 5: "TZYXC"}
 COLOURS = ("reject", "luminance")
 Spacing = tuple[float, float, float]
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from vjepa_jax.data.readers import apart
 from vjepa_jax.data.readers.base import (
+    DEFAULT_AXES,
     ReadOptions,
     arrange,
     border,
@@ -26,7 +27,6 @@ from vjepa_jax.data.readers.base import (
 from vjepa_jax.data.record import ReadError, Record
 
 _MARK = b"\x89HDF\r\n\x1a\n"
-_AXES = {3: "ZYX", 5: "TZYXC"}
 _MATLAB_AXES = {3: "ZXY", 4: "TZXY"}
 _MAX_OBJECTS = 100_000
 _MAX_LINKS = 16
@@ -206,7 +206,7 @@ def _axes(
 ) -> tuple[str, str]:
   """Returns one letter an axis and who says so."""
   rank = len(dataset.shape)
-  default = (_MATLAB_AXES if matlab else _AXES).get(rank, "")
+  default = (_MATLAB_AXES if matlab else DEFAULT_AXES).get(rank, "")
   for letters, origin in (
       (options.axes or "", "stated"), (_labels(dataset), "file"), (default, "default"),
   ):

@@ -19,6 +19,7 @@ import numpy as np
 from vjepa_jax.data import storage
 from vjepa_jax.data.readers import apart
 from vjepa_jax.data.readers.base import (
+    DEFAULT_AXES,
     ReadOptions,
     arrange,
     border,
@@ -29,7 +30,6 @@ from vjepa_jax.data.readers.base import (
 from vjepa_jax.data.record import ReadError, Record
 
 _META = ("zarr.json", ".zarray", ".zgroup")
-_AXES = {3: "ZYX", 5: "TZYXC"}
 _META_BYTES = 1 << 24
 _MAX_CHUNKS = 1 << 20
 _FETCHES = 8
@@ -285,7 +285,7 @@ def _check_codecs(codecs: Sequence[dict[str, Any]], source: str) -> None:
 def _axes(found: _Array, source: str, options: ReadOptions) -> tuple[str, str]:
   for letters, origin in (
       (options.axes or "", "stated"), (found.names, "file"),
-      (_AXES.get(len(found.shape), ""), "default"),
+      (DEFAULT_AXES.get(len(found.shape), ""), "default"),
   ):
     if letters and len(letters) == len(found.shape) and not set(letters) - set("TZYXC"):
       return letters, origin
