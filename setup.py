@@ -46,6 +46,8 @@ OCT = ["oct-converter>=0.7,<0.8"]
 BEAM = ["apache-beam>=2.70,<3"]
 MONAI = ["monai>=1.5", "torch>=2.6"]
 WANDB = ["wandb>=0.19"]
+# The TPU compiler alone; pinned, since another version estimates otherwise.
+PRECOMPILE = ["libtpu==0.0.52"]
 TEST = [
     "pytest>=8",
     "ruff>=0.9",
@@ -78,10 +80,11 @@ setuptools.setup(
         "oct": OCT,
         "beam": BEAM,
         "monai": MONAI,
+        "precompile": PRECOMPILE,
         "bench": MONAI,
         "test": (
             TEST + FIGURES + TENSORBOARD + CODECS + WANDB + FORMATS + ZARR + MOVIES
-            + OCT + BEAM
+            + OCT + BEAM + PRECOMPILE
         ),
     },
 )

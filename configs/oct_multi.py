@@ -127,27 +127,29 @@ def full() -> ml_collections.ConfigDict:
       rope_units="index",  # "mm" wants rope_reference and the spacing of every file
       rope_reference=placeholder(tuple),  # (s, mm, mm, mm) that count as one step
       drop_path=0.0,
-      attention="chunked",
+      attention="auto",  # the device's own kernels
       remat="attention",
       dtype="bfloat16",
   )
   c.objective = dict(
       name="vjepa",
-      # V-JEPA 2's two groups; counts: its mean at batch 24 a host. prior="foreground"
-      # centres blocks on tissue.
+      # V-JEPA 2's two groups. Counts: near its means at batch 24 a host, which are
+      # 0.25, 0.48 and 0.066, 0.7; here both groups have 6,912 of 9,216 tokens, whole
+      # blocks of a TPU's kernels, and go through the predictor as one batch.
+      # prior="foreground" centres blocks on tissue.
       masks=dict(
           short=dict(
               kind="blocks", count=8, spatial_scale=0.15, depth_scale=1.0,
-              aspect=(0.75, 1.5), context=0.25, target=0.48, prior="uniform",
+              aspect=(0.75, 1.5), context=0.25, target=0.5, prior="uniform",
           ),
           long=dict(
               kind="blocks", count=2, spatial_scale=0.7, depth_scale=1.0,
-              aspect=(0.75, 1.5), context=0.066, target=0.7, prior="uniform",
+              aspect=(0.75, 1.5), context=5 / 72, target=49 / 72, prior="uniform",
           ),
       ),
       predictor=dict(
           kind="transformer", width=384, depth=12, rope_units="index",
-          rope_reference=placeholder(tuple), attention="chunked",
+          rope_reference=placeholder(tuple), attention="auto",
           remat="attention", dtype="bfloat16",
       ),
       target_norm="layer_norm",
@@ -173,9 +175,12 @@ def full() -> ml_collections.ConfigDict:
   c.train = dict(
       batch_size=128,  # seed
       accum=1,
+      fit="off",  # "auto": more micro-batches where a step would not fit
+      memory_gib=placeholder(float),  # of a device, for fit; default: as it says
       total_epochs=150,  # seed
       mesh_data=-1,
       mesh_fsdp=1,
+      mesh_sequence=1,  # devices that share the tokens of a volume
       fsdp_min_size=2**16,  # smaller arrays stay whole on every device
       steps_per_epoch=placeholder(int),  # cap; default: all volumes once
       log_every_steps=20,
@@ -190,6 +195,9 @@ def full() -> ml_collections.ConfigDict:
       validation_batches=8,
       max_skipped_in_row=20,
       profile_from_step=placeholder(int),
+      # Compiled programs outlive a restart: a folder, or ~/.cache/vjepa_jax/compiled;
+      # "": none.
+      compilation_cache="auto",
   )
   c.evals = dict(
       health=dict(type="health", split="validation", every_steps=500),

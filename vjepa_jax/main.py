@@ -5,17 +5,25 @@
 The workdir, local or gs://bucket/folder, then holds config.json, data_report.json,
 quarantine.tsv, metrics.jsonl, TensorBoard events, checkpoints/, figures/ and
 report.json. With --preflight nothing is trained: what a run needs is tried on a few
-volumes. Exit codes: 0 done; 2 a config or data that cannot run; 75 a bucket was out
-of reach for too long, the same command goes on; 143 or 130 stopped by SIGTERM or
-SIGINT after saving.
+volumes.
+
+Several processes are one run: on a TPU pod, under SLURM and Open MPI by the same
+command on each, elsewhere with --coordinator=HOST:PORT --processes=N --process_id=I
+(or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID).
+
+Exit codes: 0 done; 2 a config, data or processes that cannot run; 75 a bucket was out
+of reach for too long; 76 another process was lost or never came; 143 or 130 stopped
+by SIGTERM or SIGINT after saving. After 75, 76, 143 and 130 the same command goes on.
 """
 
 from collections.abc import Mapping
 import contextlib
+import dataclasses
 import functools
 import json
 import os
 import sys
+import traceback
 from typing import Any
 
 from absl import app, flags, logging
@@ -29,7 +37,7 @@ from vjepa_jax.config import preflight
 from vjepa_jax.data import pipeline, storage
 from vjepa_jax.data.record import DataError, ReadError
 from vjepa_jax.report import summary
-from vjepa_jax.train import checkpoint, loop, metrics
+from vjepa_jax.train import checkpoint, fit, hosts, lifeline, loop, metrics, watch
 from vjepa_jax.train import workdir as workdir_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -61,6 +69,35 @@ _PREFLIGHT = flags.DEFINE_flag(flags.Flag(
     f"Trains nothing; tries what a run needs on so many volumes "
     f"({preflight.VOLUMES} where no number is given).", boolean=True,
 ))
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0 of a run of several processes.",
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_START_TIMEOUT_S = flags.DEFINE_float(
+    "start_timeout_s", hosts.START_TIMEOUT_S,
+    "How long process 0 waits for the others.",
+)
+_LOST_AFTER_S = flags.DEFINE_float(
+    "lost_after_s", hosts.LOST_AFTER_S,
+    "Silence after which another process counts as lost.",
+)
+
+
+class _SpanParser(flags.ArgumentParser):
+  """Steps to trace, as in --profile_steps=100:105."""
+
+  syntactic_help = "A:B or N"
+
+  def parse(self, argument: Any) -> tuple[int, int]:
+    return watch.profile_span(argument)
+
+
+_PROFILE = flags.DEFINE_flag(flags.Flag(
+    _SpanParser(), flags.ArgumentSerializer(), "profile_steps", None,
+    "Writes a trace of the steps after A up to B, or of N once all is compiled, into "
+    "WORKDIR/profile, for TensorBoard or xprof.",
+))
 _BUCKET_LOST = 75  # EX_TEMPFAIL of sysexits.h: a scheduler may start it again
 # What may differ between a run and its continuation.
 _FREE = (
@@ -78,31 +115,70 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}; flags begin with --")
   logging.set_verbosity(logging.WARNING)
-  config = _CONFIG.value
+  config, together = _CONFIG.value, hosts.Hosts()
   try:
     workdir = _WORKDIR.value or f"runs/{config.name}"
+    if not _PREFLIGHT.value:
+      config_lib.check_config(config)
+    together = _join(config, workdir)
     if _PREFLIGHT.value:
       sys.exit(2 if try_run(config, workdir, _PREFLIGHT.value) else 0)
-    config_lib.check_config(config)
-    train(config, workdir)
+    train(config, workdir, together, profile=_PROFILE.value)
+  except SystemExit:
+    together.close()
+    raise
+  except lifeline.MissingError as error:
+    print(error, file=sys.stderr, flush=True)
+    sys.exit(hosts.LOST)
   except (
       config_lib.ConfigError, DataError, ReadError, checkpoint.CheckpointError,
-      workdir_lib.WorkdirError,
+      workdir_lib.WorkdirError, hosts.HostsError, fit.FitError,
   ) as error:
     print(error, file=sys.stderr, flush=True)
     if not _is_bucket_lost(error):
-      sys.exit(2)
+      together.fail(2)
+    if not together.alone:
+      together.fail(_BUCKET_LOST)
     # Threads that still wait for the bucket would hold the process.
     sys.stdout.flush()
     os._exit(_BUCKET_LOST)
+  except BaseException:
+    if together.alone:
+      raise
+    traceback.print_exc()
+    together.fail(1)
+  together.close()
 
 
-def train(config: Any, workdir: str | os.PathLike[str]) -> None:
+def _join(config: Any, workdir: str) -> hosts.Hosts:
+  """Finds the other processes of this run, and says what it runs on."""
+  place = hosts.find_place(
+      _COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value,
+      timeout_s=_START_TIMEOUT_S.value,
+  )
+  facts = hosts.describe(config_lib.as_plain(config), workdir)
+  together = hosts.start(
+      place, facts, timeout_s=_START_TIMEOUT_S.value, lost_after_s=_LOST_AFTER_S.value
+  )
+  if place is None or place.process == 0:
+    print(hosts.summary(facts), flush=True)
+  return together
+
+
+def train(
+    config: Any,
+    workdir: str | os.PathLike[str],
+    together: hosts.Hosts | None = None,
+    *,
+    profile: tuple[int, int] | None = None,
+) -> None:
   """Runs an experiment in a workdir and writes its report.
 
   Args:
     config: a checked ConfigDict.
     workdir: local or `gs://`, made where absent.
+    together: the processes of the run; None: there is but this one.
+    profile: steps to trace, of `watch.profile_span`; None: as the config says.
 
   Raises:
     ConfigError: if the workdir holds a run of another config.
@@ -119,6 +195,10 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
     _write_json(workdir / "config.json", plain)
   experiment = config_lib.build(config, quarantine=str(workdir / "quarantine.tsv"))
   data, options = experiment.data, experiment.options
+  if profile:
+    options = dataclasses.replace(
+        options, profile_from_step=profile[0], profile_steps=profile[1]
+    )
   if first:
     _write_json(workdir / "data_report.json", data.report)
     print(format_data(data.report))
@@ -152,6 +232,7 @@ def train(config: Any, workdir: str | os.PathLike[str]) -> None:
             lambda: pipeline.eval_batches(held_out, options.batch_size, threads=threads)
         ),
         evaluators=experiment.evaluators,
+        reached=(together or hosts.Hosts()).reached,
     )
   if first:
     report = summary.write_report(workdir, metrics.read(workdir))

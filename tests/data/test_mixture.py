@@ -206,9 +206,34 @@ def test_a_run_resumed_at_any_step_goes_on_with_the_same_batches(make, missing):
         np.testing.assert_array_equal(found[key], want[key])
 
 
+@pytest.mark.parametrize("make", KINDS[1:3])
+@pytest.mark.parametrize("before,after", [(1, 4), (4, 2)])
+def test_another_number_of_hosts_goes_on_with_the_same_global_batches(
+    make, before, after
+):
+  def iterators(hosts):
+    return [
+        train_iterator(
+            make(), batch_size=8 // hosts, seed=5, threads=0, shard=(host, hosts)
+        )
+        for host in range(hosts)
+    ]
+
+  first, second = iterators(before), iterators(after)
+  for iterator in first:
+    take(iterator, 5)
+  for iterator in second:
+    iterator.set_state(json.loads(json.dumps(first[0].get_state())))
+  assert second[0].get_state()["batches"] == first[0].get_state()["batches"]
+  joined = lambda parts: [
+      sum((next(part)["index"].tolist() for part in parts), []) for _ in range(6)
+  ]
+  assert joined(second) == joined(first) == drawn(make(), 11, batch_size=8, seed=5)[5:]
+
+
 @pytest.mark.parametrize("change,named", [
     (dict(seed=3), "seed was 2, is 3"), (dict(batch_size=4), "batch_size was 3, is 4"),
-    (dict(shard=(0, 2)), "hosts was 1, is 2"),
+    (dict(shard=(0, 2)), "batch_size was 3, is 6"),
 ])
 def test_a_place_of_another_order_is_refused_by_what_differs(change, named):
   options = dict(batch_size=3, seed=2)

@@ -154,10 +154,12 @@ def test_accumulation_of_four_equals_one_large_batch(environment, unbroken, tmp_
   assert largest_difference(unbroken, tmp_path) < 1e-6
 
 
-def test_one_device_equals_eight(environment, unbroken, tmp_path):
+@pytest.mark.parametrize("axis", ["fsdp=2", "fsdp=8", "sequence=2"])
+def test_one_device_equals_eight(environment, unbroken, tmp_path, axis):
   eight = {**environment, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
   done = run(
-      eight, tmp_path, "--config.train.mesh_fsdp=2", "--config.train.fsdp_min_size=256"
+      eight, tmp_path, f"--config.train.mesh_{axis}",
+      "--config.train.fsdp_min_size=256",
   )
   assert done.returncode == 0, done.stdout + done.stderr
   assert largest_difference(unbroken, tmp_path) < 1e-6

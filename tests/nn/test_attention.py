@@ -119,6 +119,58 @@ def test_scores_and_softmax_are_float32_under_bfloat16(impl):
   assert program.out_avals[0].dtype == jnp.bfloat16
 
 
+def test_no_buffer_of_all_pairs_is_in_the_compiled_program():
+  x = jax.ShapeDtypeStruct((1, 1, 4096, 8), jnp.float32)
+
+  def compiled(impl):
+    loss = lambda q, k, v: attention.attend(q, k, v, impl=impl).sum()
+    grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    return grad.lower(x, x, x).compile().as_text()
+
+  assert "4096,4096" in compiled("xla") and "4096,4096" not in compiled("chunked")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_implementations_agree_on_drawn_sizes(seed):
+  rng = np.random.default_rng(seed)
+  queries, keys = (int(n) for n in rng.integers(1, 60, 2))
+  masked, causal = rng.random(2) < 0.5
+  dtype = (jnp.float32, jnp.bfloat16)[seed % 2]
+  q, k, v, valid = draw(queries, keys, seed, dtype)
+  chunk = int(rng.integers(1, 70))
+
+  def run(impl):
+    loss = lambda q, k, v: attention.attend(
+        q, k, v, key_valid=valid if masked else None, causal=bool(causal), impl=impl,
+        chunk=chunk,
+    ).astype(jnp.float32).sum()
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+  close = 1e-4 if dtype == jnp.float32 else 0.1
+  for a, b in zip(*(jax.tree.leaves(run(i)) for i in ("chunked", "xla")), strict=True):
+    np.testing.assert_allclose(
+        np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=close, atol=close
+    )
+
+
+def test_auto_is_the_implementation_of_the_platform():
+  of = attention.for_platform
+  assert (of("tpu"), of("cuda"), of("gpu"), of("cpu")) == (
+      "splash", "cudnn", "cudnn", "auto"
+  )
+  with pytest.raises(ValueError, match="'tpus' is not known; the closest: tpu"):
+    of("tpus")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what a CPU does")
+@pytest.mark.parametrize("tokens, whole", [(64, True), (2048, False)])
+def test_auto_holds_all_scores_of_few_tokens_only_on_a_cpu(tokens, whole):
+  x = jnp.ones((1, 1, tokens, 4))
+  attend = lambda q, k, v: attention.attend(q, k, v, impl="auto")
+  most = max(sizes(jax.make_jaxpr(attend)(x, x, x).jaxpr))
+  assert (most >= tokens * tokens) == whole
+
+
 def test_an_unknown_implementation_names_the_closest():
   x = jnp.ones((1, 1, 2, 4))
   with pytest.raises(ValueError, match="'chunks'.*closest: chunked"):

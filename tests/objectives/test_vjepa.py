@@ -110,7 +110,11 @@ def voxels_of(objective, batch, ids):
 
 def prediction_of(objective, params, state, split, group):
   return jax.jit(
-      lambda b: objective._predict_group(params, state, b, split, group, False, None)[1]
+      lambda b: objective._predictor.apply(
+          {"params": params["predictor"]},
+          objective._context(params, b, split, False, None), split,
+          token_grid(objective, b), group=group,
+      )[0]
   )
 
 
@@ -265,6 +269,27 @@ def test_mlp_predictor_with_batch_norm_learns_statistics_and_uses_them_in_evalua
       )
   )
   assert changed(trained) and not changed(evaluated)
+
+
+def test_groups_of_one_size_are_predicted_in_one_pass_as_one_by_one(setup):
+  _, params, state, batch = setup
+  sized = {
+      "short": MASKS["short"] | dict(context=30, target=33),
+      "long": MASKS["long"] | dict(context=21, target=42),
+  }
+  objective = make_objective(masks=sized)
+  splits = masks_of(objective, batch)
+  keep = lambda ids: jnp.arange(ids.shape[1])[None] < ids.shape[1] - 5
+  valid = jnp.broadcast_to(keep(splits[1].target), splits[1].target.shape)
+  splits = (splits[0], splits[1].replace(target_valid=valid))
+  joined = jax.jit(
+      lambda b: objective._predict(params, state, b, splits, False, None)[0]
+  )
+  text = str(jax.make_jaxpr(joined)(batch))
+  assert f"[{2 * len(batch['volume'])},63," in text
+  for group, (split, (found, _)) in enumerate(zip(splits, joined(batch))):
+    wanted = prediction_of(objective, params, state, split, group)(batch)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_mlp_prediction_depends_on_the_place_and_on_the_context(setup):

@@ -118,13 +118,12 @@ def test_targets_contexts_and_predictions_match(reference):
     targets = jax.jit(objective.targets)(reference.state, batch)
     case.check(f"step0/target_normed_{i}", targets)
     params = reference.with_token(reference.params, i)
+    predictions, _ = jax.jit(
+        lambda b, p, s: objective._predict(p, reference.state, b, s, True, None)
+    )(batch, params, splits)
+    encode = jax.jit(lambda b, p, s: objective._context(p, b, s, True, None))
     for j, split in enumerate(splits):
-      predict = jax.jit(
-          lambda b, p, s, j=j: objective._predict_group(
-              p, reference.state, b, s, j, True, None
-          )[:2]
-      )
-      context, prediction = predict(batch, params, split)
+      context, prediction = encode(batch, params, split), predictions[j][0]
       case.check(f"step0/context_{i}_{j}", context)
       case.check(f"step0/pred_{i}_{j}", prediction)
       taken = np.take_along_axis(

@@ -17,6 +17,7 @@ import toy
 
 from vjepa_jax.train import evaluate, loop, metrics, sharding, watch
 from vjepa_jax.train.checkpoint import CheckpointError, Checkpoints
+from vjepa_jax.train.state import init_state
 
 OPTIONS = dict(total_steps=120, checkpoint_every_steps=10, validate_every_steps=25)
 
@@ -67,7 +68,7 @@ def comparable(workdir):
 
 
 def last_state(workdir):
-  draw = lambda key: loop.init_state(
+  draw = lambda key: init_state(
       toy.Toy(), toy.optimizer(), toy.augment, toy.batch(), key
   )
   checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints")
@@ -154,7 +155,8 @@ def test_each_line_says_what_it_should(tmp_path, capsys):
   assert [line["step"] for line in lines] == [3, 6, 9]
   assert lines[0].keys() == {
       "step", "loss", "lr", "weight_decay", "momentum", "grad_norm", "clipped",
-      "seen_std", "skipped", *metrics.TIMING_KEYS,
+      "seen_std", "skipped", "volumes_per_s", "tokens_per_s", "step_ms", "data_wait",
+      "peak_bytes", "compiles",
   }
   optimizer = toy.optimizer(9)
   assert lines[1]["lr"] == pytest.approx(float(optimizer.learning_rate(5)))

@@ -12,26 +12,22 @@ import numpy as np
 import pytest
 import toy
 
+from vjepa_jax.nn import placement
 from vjepa_jax.train import sharding
 
 SHARDED_RUN = """
 import json, sys
 import jax
 import toy
-from vjepa_jax.train import loop, sharding, watch
+from vjepa_jax.train import program, sharding, watch
 
-def losses(data, fsdp, devices, accum=1):
-  mesh = jax.make_mesh(
-      (data, fsdp), sharding.BATCH_AXES,
-      axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:devices])
-  batch = sharding.put_batch(toy.batch(), mesh)
-  options = loop.LoopOptions(total_steps=10, batch_size=16, accum=accum)
-  parts = toy.Toy(), toy.optimizer(), toy.augment
-  draw = lambda key: loop.init_state(*parts, batch, key)
-  key = jax.random.key(0)
-  places = sharding.state_sharding(jax.eval_shape(draw, key), mesh, min_size=64)
-  state = jax.jit(draw, out_shardings=places)(key)
-  step = loop._compiled_step(*parts, options, state, mesh)
+def losses(data, fsdp, sequence, accum=1):
+  count = data * fsdp * sequence
+  mesh = sharding.make_mesh(data, fsdp, sequence, devices=jax.devices()[:count])
+  run = program.make_program(
+      objective=toy.Toy(), optimizer=toy.optimizer(), augment=toy.augment,
+      batch=toy.batch(), mesh=mesh, accum=accum, fsdp_min_size=64)
+  state, step = run.init(jax.random.key(0)), run.step
   values = []
   compiles = 0
   for seed in range(10):
@@ -44,10 +40,16 @@ def losses(data, fsdp, devices, accum=1):
       name: list(leaf.sharding.spec)
       for name, leaf in sharding.named_leaves(state).items() if any(leaf.sharding.spec)
   }
-  return dict(losses=values, split=names, compiles=compiles)
+  whole, held = 0, 0
+  for leaf in jax.tree.leaves(state):
+    if leaf.size >= 64 and any(n % fsdp == 0 for n in leaf.shape):
+      whole += leaf.nbytes
+      held += leaf.addressable_shards[0].data.nbytes
+  return dict(losses=values, split=names, compiles=compiles, share=held / whole)
 
 print(json.dumps({
-    "one": losses(1, 1, 1), "data": losses(8, 1, 8), "both": losses(2, 4, 8, accum=2),
+    "one": losses(1, 1, 1), "data": losses(8, 1, 1), "both": losses(2, 4, 1, accum=2),
+    "fsdp": losses(1, 8, 1), "sequence": losses(2, 2, 2),
 }))
 """
 
@@ -100,7 +102,7 @@ def eight_devices():
   return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("layout", ["data", "both"])
+@pytest.mark.parametrize("layout", ["data", "both", "fsdp", "sequence"])
 def test_eight_devices_equal_one(eight_devices, layout):
   np.testing.assert_allclose(
       eight_devices[layout]["losses"], eight_devices["one"]["losses"], rtol=1e-6
@@ -121,9 +123,15 @@ def test_moments_and_ema_are_split_like_their_parameters(eight_devices):
   assert not eight_devices["data"]["split"]
 
 
-def mesh_of(data, fsdp):
-  axis_types = (jax.sharding.AxisType.Auto,) * 2
-  return jax.sharding.AbstractMesh((data, fsdp), sharding.BATCH_AXES, axis_types)
+def test_a_device_holds_an_eighth_of_what_eight_share(eight_devices):
+  assert eight_devices["fsdp"]["share"] == 1 / 8
+  assert eight_devices["sequence"]["share"] == 1 / 2
+  assert eight_devices["data"]["share"] == 1
+
+
+def mesh_of(data, fsdp, sequence=1):
+  axis_types = (jax.sharding.AxisType.Auto,) * 3
+  return jax.sharding.AbstractMesh((data, fsdp, sequence), sharding.AXES, axis_types)
 
 
 def test_the_largest_axis_that_fsdp_divides_is_split():
@@ -150,19 +158,52 @@ def test_a_rule_decides_before_the_size_and_must_fit():
 
 def test_a_mesh_that_does_not_use_all_devices_is_refused():
   count = jax.device_count()
-  with pytest.raises(ValueError, match=f"but {count} cpu devices; fsdp must be one of"):
-    sharding.make_mesh(fsdp=count + 1)
-  with pytest.raises(ValueError, match=f"data x fsdp must be {count}"):
+  found = f"but {count} cpu devices; fsdp x sequence = {count + 1} does not divide"
+  for axis in ("fsdp", "sequence"):
+    with pytest.raises(ValueError, match=found):
+      sharding.make_mesh(**{axis: count + 1})
+  with pytest.raises(ValueError, match=f"set data to {count}, or to -1"):
     sharding.make_mesh(data=count + 1)
+  with pytest.raises(ValueError, match="sizes must be positive"):
+    sharding.make_mesh(sequence=0)
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest():
-  with pytest.raises(ValueError, match="accum 3 x 8 devices = 24; nearest: 24 or 48"):
+  wanted = r"accum 3 x 8 devices \(data 8 x fsdp 1\) = 24; nearest: 24 or 48"
+  with pytest.raises(ValueError, match=wanted):
     sharding.check_batch(40, 3, mesh_of(8, 1))
   sharding.check_batch(48, 3, mesh_of(8, 1))
+  sharding.check_batch(12, 3, mesh_of(2, 2, 2))  # tokens are split, not rows
 
 
 def test_a_batch_of_text_is_refused_by_name():
   batch = {**toy.batch(), "path": np.array(["a"] * 16)}
   with pytest.raises(ValueError, match=r"batch\['path'\]"):
     sharding.put_batch(batch, sharding.make_mesh())
+
+
+class Device:
+  """What arranging asks of a device."""
+
+  platform, device_kind = "gpu", "some GPU"
+
+  def __init__(self, number, own):
+    self.id, self.process_index = number, number // own
+
+  def __repr__(self):
+    return str(self.id)
+
+
+def test_the_rows_of_a_host_follow_one_another_and_share_no_tokens_with_others():
+  devices = [Device(number, own=4) for number in range(16)]
+  for shape in ((16, 1, 1), (1, 16, 1), (2, 8, 1), (4, 2, 2), (1, 4, 4), (8, 1, 2)):
+    mesh = sharding.make_mesh(*shape, devices=devices)
+    assert tuple(mesh.shape.values()) == shape
+    hosts = [device.process_index for device in mesh.devices.flat]
+    assert hosts == sorted(hosts)
+  with pytest.raises(ValueError, match="sequence=8 does not divide the 4 devices"):
+    sharding.make_mesh(1, 2, 8, devices=devices)
+
+
+def test_axes_have_one_name_everywhere():
+  assert (*placement.BATCH_AXES, placement.SEQUENCE_AXIS) == sharding.AXES

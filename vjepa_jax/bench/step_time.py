@@ -4,7 +4,6 @@ python -m vjepa_jax.bench.step_time --config=FILE[:ARG] [--config.key=value ...]
 """
 
 from collections.abc import Callable, Mapping
-import functools
 import sys
 from typing import Any
 
@@ -20,8 +19,8 @@ from vjepa_jax.data import pipeline
 from vjepa_jax.objectives.base import Objective
 from vjepa_jax.train import sharding
 from vjepa_jax.train.optim import Optimizer
-from vjepa_jax.train.state import Augment, TrainState, init_state
-from vjepa_jax.train.step import make_train_step
+from vjepa_jax.train.program import make_program
+from vjepa_jax.train.state import Augment
 
 
 def measure(
@@ -86,16 +85,13 @@ def measure_objective(
   mesh = mesh or sharding.make_mesh()
   rows = len(next(iter(batch.values())))
   sharding.check_batch(rows, accum, mesh)
-  draw = functools.partial(init_state, objective, optimizer, augment)
-  key = jax.random.key(0)
-  batch = sharding.put_batch(batch, mesh)
-  places = sharding.state_sharding(jax.eval_shape(draw, batch, key), mesh)
-  state: TrainState = jax.jit(draw, out_shardings=places)(batch, key)
-  step = jax.jit(
-      make_train_step(objective, optimizer, augment=augment, accum=accum),
-      donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)),
+  program = make_program(
+      objective=objective, optimizer=optimizer, augment=augment, batch=batch,
+      mesh=mesh, accum=accum,
   )
-  wall, cpu = measure(step, state, batch, repeats=repeats, warmup=warmup)
+  state = program.init(jax.random.key(0))
+  batch = sharding.put_batch(batch, mesh)
+  wall, cpu = measure(program.step, state, batch, repeats=repeats, warmup=warmup)
   rates = {"batch": rows, "accum": accum, "volumes_per_s": rows / np.median(wall)}
   if tokens_per_volume:
     rates["tokens_per_s"] = rates["volumes_per_s"] * tokens_per_volume

@@ -7,12 +7,13 @@ keywords and nothing else.
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import ml_collections
 
-from vjepa_jax.config import names, units
+from vjepa_jax.config import names, programs, units
 from vjepa_jax.config.check import ConfigError, check_config
 from vjepa_jax.config.names import as_plain, duration, in_steps, load
 from vjepa_jax.config.units import (
@@ -97,7 +98,9 @@ def build(
   except ValueError as error:  # lengths that only the size of the data tells
     raise ConfigError(plain["name"], [str(error)]) from error
   unit_augment = augment.make_augment(**plain["augment"])
-  mesh = sharding.make_mesh(train.get("mesh_data", -1), train.get("mesh_fsdp", 1))
+  mesh = sharding.make_mesh(
+      **{axis: train[f"mesh_{axis}"] for axis in sharding.AXES if f"mesh_{axis}" in train}
+  )
   functions = evaluate.wrap_functions(objective.functions(), unit_augment, mesh)
   evaluators = _build_evaluators(plain, functions, data, **steps)
   options = _loop_options(plain, grid, evaluators, **steps)
@@ -128,7 +131,7 @@ def _lengths(train: Mapping[str, Any], data: pipeline.Data) -> dict[str, int]:
 
 
 def _loop_options(plain, grid, evaluators, **steps) -> loop.LoopOptions:
-  own = ("steps_per_epoch", "mesh_data", "mesh_fsdp", "total_epochs")
+  own = ("steps_per_epoch", "total_epochs", *(f"mesh_{a}" for a in sharding.AXES))
   section = {k: v for k, v in plain["train"].items() if k not in own}
   section = in_steps(section, names.parameters(loop.LoopOptions), **steps)
   section["total_steps"] = steps["total_steps"]
@@ -143,6 +146,8 @@ def _loop_options(plain, grid, evaluators, **steps) -> loop.LoopOptions:
       "best_metric": best,
       "early_stop_metric": section.get("early_stop_metric") or None,
       "tokens_per_volume": grid.tokens,
+      "flops_per_volume": functools.partial(programs.flops_per_volume, plain),
+      "compilation_cache": section.get("compilation_cache", "auto"),
       "wandb": wandb if wandb.get("project") else None,
   })
 

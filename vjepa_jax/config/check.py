@@ -15,7 +15,7 @@ from vjepa_jax.config import names, units
 from vjepa_jax.data import manifest as manifest_lib
 from vjepa_jax.data import mixture as mixture_lib
 from vjepa_jax.data import ops, phantoms, pipeline, readers, storage
-from vjepa_jax.train import loop
+from vjepa_jax.train import loop, sharding
 from vjepa_jax.volumes import augment, masks
 from vjepa_jax.volumes.grid import grid_faults
 
@@ -125,9 +125,12 @@ def _keywords(section: str, options: Mapping[str, Any]) -> dict[str, bool]:
   if section == "optimizer":
     return names.without(names.parameters(units.build_optimizer), "batch_size", "total_steps")
   if section == "train":
-    known = names.without(names.parameters(loop.LoopOptions), "tokens_per_volume", "wandb")
-    own = dict.fromkeys(("total_steps", "steps_per_epoch", "mesh_data", "mesh_fsdp"), False)
-    return {**known, **own}
+    known = names.without(
+        names.parameters(loop.LoopOptions), "tokens_per_volume", "flops_per_volume",
+        "wandb",
+    )
+    own = ("total_steps", "steps_per_epoch", *(f"mesh_{a}" for a in sharding.AXES))
+    return {**known, **dict.fromkeys(own, False)}
   if section == "model":
     model = names.resolve("model", options.get("name", ""))
     return {"name": True, "preset": True, **dict.fromkeys(names.fields(model), False)}
@@ -536,26 +539,19 @@ def _training_faults(
 def _mesh_faults(
     train: Mapping[str, Any], micro: int, device_count: int | None
 ) -> list[str]:
-  data, fsdp = train.get("mesh_data", -1), train.get("mesh_fsdp", 1)
-  faults = []
-  if fsdp < 1 or (data < 1 and data != -1):
+  data, fsdp, sequence = (
+      train.get(f"mesh_{axis}", -1 if axis == "data" else 1) for axis in sharding.AXES
+  )
+  sizes = (
+      f"train.mesh_data {data} x train.mesh_fsdp {fsdp} x train.mesh_sequence {sequence}"
+  )
+  faults = sharding.mesh_faults(data, fsdp, sequence, device_count)
+  if faults:
+    return [f"{sizes}: {fault}" for fault in faults]
+  shares = device_count // sequence if device_count else max(data, 1) * fsdp
+  if micro % shares:
     return [
-        f"train.mesh_data {data} x train.mesh_fsdp {fsdp}: must be positive, or -1 "
-        "for mesh_data (all devices that are left)"
+        f"train.batch_size: a micro-batch of {micro} rows does not divide over data x "
+        f"fsdp = {shares} device(s); give it a multiple of {shares}"
     ]
-  if device_count and device_count % fsdp:
-    faults.append(
-        f"train.mesh_fsdp {fsdp}: does not divide the {device_count} device(s)"
-    )
-  elif device_count and data not in (-1, device_count // fsdp):
-    faults.append(
-        f"train.mesh_data {data} x train.mesh_fsdp {fsdp}: is not the number of "
-        f"devices, {device_count}; -1 takes what is left"
-    )
-  shards = device_count or (data * fsdp if data > 0 else fsdp)
-  if not faults and micro % shards:
-    faults.append(
-        f"train.batch_size: a micro-batch of {micro} rows does not divide over "
-        f"{shards} device(s)"
-    )
-  return faults
+  return []

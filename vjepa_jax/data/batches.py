@@ -24,7 +24,7 @@ from vjepa_jax.data.volumes import Batch, Mixture, Volumes, padding, stack
 
 # Rows of each host that the start-up check compares.
 _COMPARED = 4096
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 # A batch in use, one on its way to the devices, one being made, and one more.
 _BUFFERS = 4
 
@@ -107,28 +107,33 @@ class TrainIterator:
       shares: Sequence[Any],
       rule: Mapping[str, Any],
       workers: int,
+      *,
+      rows: int,
+      hosts: int,
   ):
     self._volumes = volumes
     self._batches = batches
     self._shares = shares
     self._rule = dict(rule)
     self._workers = workers
-    self._taken = 0
+    self._rows, self._hosts = rows, hosts
+    self._taken = [0] * len(batches)
 
   def __iter__(self) -> "TrainIterator":
     return self
 
   def __next__(self) -> Batch:
-    source, _ = mixture_lib.draw(self._taken, self._shares)
+    source, _ = mixture_lib.draw(sum(self._taken), self._shares)
     batch = next(self._batches[source])
-    self._taken += 1
+    self._taken[source] += 1
     return batch
 
   def get_state(self) -> dict[str, Any]:
     """Returns the place after the last batch, as JSON."""
     ledger = self._volumes.ledger
     return {
-        "version": _STATE_VERSION, "batches": self._taken,
+        "version": _STATE_VERSION, "batches": list(self._taken),
+        "hosts": self._hosts,
         "place": [batches.get_state() for batches in self._batches],
         "rule": dict(self._rule), "workers": self._workers,
         "ledger": ledger.state() if ledger else None,
@@ -137,11 +142,12 @@ class TrainIterator:
   def set_state(self, state: Mapping[str, Any]) -> None:
     """Goes to a place of `get_state`.
 
-    Another number of threads or workers is no matter: who reads a row does not
-    decide which row comes.
+    Another number of threads, workers or hosts is no matter: who reads a row does
+    not decide which row comes. On another number of hosts the places of any one of
+    them serve; only files that reading lazily has skipped make a difference there.
 
     Raises:
-      DataError: if rows, seed, batch, hosts or mixture are not those of the state, so
+      DataError: if rows, seed, global batch or mixture are not those of the state, so
         that other batches would follow.
     """
     if state.get("version") != _STATE_VERSION:
@@ -159,8 +165,10 @@ class TrainIterator:
           f"({'; '.join(differing)}): other batches would follow. Restore the "
           "manifest, its files and the config, or begin anew in another workdir"
       )
-    self._taken = state["batches"]
-    for batches, place in zip(self._batches, state["place"], strict=True):
+    self._taken, places = list(state["batches"]), state["place"]
+    if state["hosts"] != self._hosts:
+      places = [{"next_index": taken * self._rows} for taken in self._taken]
+    for batches, place in zip(self._batches, places, strict=True):
       batches.set_state(place)
     if self._volumes.ledger:
       self._volumes.ledger.restore(state["ledger"])
@@ -238,7 +246,9 @@ def train_iterator(
   ]
   shares = volumes.shares if len(streams) > 1 else (1,)
   rule = _rule(volumes, batch_size, seed, hosts)
-  return TrainIterator(volumes, batches, shares, rule, workers)
+  return TrainIterator(
+      volumes, batches, shares, rule, workers, rows=batch_size, hosts=hosts
+  )
 
 
 def eval_batches(
@@ -373,5 +383,5 @@ def _rule(
     digest.update(f"{row.source}\0{row.participant}\0{row.id}\n".encode())
   return {
       "rows": f"{len(volumes)} ({digest.hexdigest()[:16]})", "seed": seed,
-      "batch_size": batch_size, "hosts": hosts, **volumes_lib.facts(volumes),
+      "batch_size": batch_size * hosts, **volumes_lib.facts(volumes),
   }

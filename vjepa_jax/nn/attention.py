@@ -7,13 +7,13 @@ for one more device is one more row of `_IMPLEMENTATIONS`.
 from collections.abc import Callable
 import difflib
 import functools
-import math
 
 from flax import linen as nn
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from vjepa_jax.nn import chunked, cudnn, naive, on_mesh, placement, rows, splash
+from vjepa_jax.nn.naive import SAVED as SAVED
 from vjepa_jax.nn.positions import Rope, apply_rope
 
 # V-JEPA 2 draws weights from a normal of std 0.02, cut so far out (100 std) that
@@ -22,9 +22,6 @@ INITIALIZERS: dict[str, nn.initializers.Initializer] = {
     "vjepa": nn.initializers.normal(0.02),
     "xavier": nn.initializers.xavier_uniform(),
 }
-# Name of the values that rematerialisation may keep (`blocks.Stack.remat`).
-SAVED = "attention_out"
-_MINUS_INFINITY = -1e30  # finite, so that a row without any key stays free of NaN
 
 
 def attend(
@@ -49,21 +46,43 @@ def attend(
     causal: query i sees the keys up to i + Nk - Nq.
     impl: "xla" holds the scores [Nq, Nk]; "chunked" never holds more than a
       block of chunk x chunk of them, forward or backward (online softmax:
-      Dao et al. 2022, arXiv:2205.14135), at the price of computing them again.
+      Dao et al. 2022, arXiv:2205.14135), at the price of computing them again;
+      "splash" and "cudnn" do the same in kernels for TPU and NVIDIA GPUs; "auto"
+      is the one for the devices that this process has.
     chunk: queries and keys of a block, for "chunked".
 
   Raises:
     ValueError: for an unknown impl, shapes that do not agree, or chunk < 1.
   """
-  if impl not in _IMPLEMENTATIONS:
-    nearest = difflib.get_close_matches(str(impl), _IMPLEMENTATIONS, 3, 0.0)
-    raise ValueError(
-        f"attention={impl!r} is not known; the closest: {', '.join(nearest)}"
-    )
+  _check_known("attention", impl, IMPLEMENTATIONS)
   _check_shapes(q, k, v, key_valid)
   if chunk < 1:
     raise ValueError(f"attention chunk={chunk} must be at least 1")
-  return _IMPLEMENTATIONS[impl](q, k, v, key_valid, causal, chunk)
+  if impl == "auto":
+    impl = for_platform(jax.default_backend())
+  if impl == "auto":
+    few = q.shape[2] * k.shape[2] <= _FEW_SCORES
+    impl = "xla" if few else "rows"
+  function, opaque = _IMPLEMENTATIONS[impl]
+  local = lambda q, k, v, key_valid, offset: function(
+      q, k, v, key_valid=key_valid, causal=causal, offset=offset, chunk=chunk
+  )
+  return on_mesh.attend(local, q, k, v, key_valid, opaque=opaque)
+
+
+def for_platform(platform: str) -> str:
+  """Returns the implementation that "auto" stands for on a platform.
+
+  On a CPU it stays "auto": there the number of tokens decides.
+
+  Args:
+    platform: "tpu", "gpu", "cuda", "rocm" or "cpu".
+
+  Raises:
+    ValueError: for another platform.
+  """
+  _check_known("platform", platform, tuple(_OF_PLATFORM))
+  return _OF_PLATFORM[platform]
 
 
 class MultiHeadAttention(nn.Module):
@@ -106,7 +125,7 @@ class MultiHeadAttention(nn.Module):
     draw = INITIALIZERS[self.initializer]
     project = functools.partial(
         nn.Einsum, (self.width, *head), "BND,DHK->BHNK", dtype=jnp.dtype(self.dtype),
-        kernel_init=_reshaped(draw, flat),
+        kernel_init=_reshaped(draw, flat), promote_dtype=placement.promote,
     )
     q, k, v = (project(name=name)(x) for name in ("query", "key", "value"))
     if rope is not None:
@@ -115,6 +134,7 @@ class MultiHeadAttention(nn.Module):
     return nn.Einsum(
         (*head, self.width), "BHNK,HKD->BND", dtype=jnp.dtype(self.dtype),
         kernel_init=_reshaped(draw, flat, self.out_scale), name="out",
+        promote_dtype=placement.promote,
     )(x)
 
 
@@ -129,6 +149,12 @@ def _reshaped(draw, flat, scale=1.0):
   return lambda key, shape, dtype=jnp.float32: draw(key, flat, dtype).reshape(shape)
 
 
+def _check_known(what: str, got: str, known: tuple[str, ...]) -> None:
+  if got not in known:
+    nearest = difflib.get_close_matches(str(got), known, 3, 0.0)
+    raise ValueError(f"{what}={got!r} is not known; the closest: {', '.join(nearest)}")
+
+
 def _check_shapes(q, k, v, key_valid):
   b, h, _, d = q.shape
   keys = k.shape[2]
@@ -141,163 +167,17 @@ def _check_shapes(q, k, v, key_valid):
     raise ValueError(f"attend: key_valid is {key_valid.shape}, it must be {(b, keys)}")
 
 
-def _xla(q, k, v, key_valid, causal, chunk):
-  del chunk
-  scores = _scores(q, k)  # [B, H, Nq, Nk]
-  seen = _seen(key_valid, causal, (q.shape[2], k.shape[2]))
-  if seen is None:
-    weights = jax.nn.softmax(scores, axis=-1)
-  else:
-    weights = jax.nn.softmax(jnp.where(seen, scores, _MINUS_INFINITY), axis=-1)
-    weights = jnp.where(seen, weights, 0.0)
-  return checkpoint_name(_mix(weights, v).astype(q.dtype), SAVED)
-
-
-def _scores(q, k):
-  scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
-  return scores / math.sqrt(q.shape[-1])
-
-
-def _mix(weights, v):
-  return jnp.einsum(
-      "bhqk,bhkd->bhqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-  )
-
-
-def _seen(key_valid, causal, shape, start=(0, 0), offset=None):
-  """Which keys a block of queries may see: bool [B or 1, 1, Nq, Nk], None for all.
-
-  `start` is the block's first query and key; `offset` is Nk - Nq of the whole.
-  """
-  seen = None if key_valid is None else key_valid[:, None, None]
-  if causal:
-    offset = shape[1] - shape[0] if offset is None else offset
-    rows = start[0] + jnp.arange(shape[0])[:, None]
-    columns = start[1] + jnp.arange(shape[1])[None]
-    past = (columns <= rows + offset)[None, None]
-    seen = past if seen is None else seen & past
-  return seen
-
-
-def _chunked(q, k, v, key_valid, causal, chunk):
-  """Pads to whole chunks; invented keys are invalid, invented queries are cut."""
-  b, _, queries, _ = q.shape
-  keys = k.shape[2]
-  sizes = min(chunk, queries), min(chunk, keys)
-  if key_valid is None:
-    key_valid = jnp.ones((b, keys), bool)
-  pad_q, pad_k = -queries % sizes[0], -keys % sizes[1]
-  q = jnp.pad(q, ((0, 0), (0, 0), (0, pad_q), (0, 0)))
-  k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad_k), (0, 0))) for x in (k, v))
-  key_valid = jnp.pad(key_valid, ((0, 0), (0, pad_k)))
-  out = _flash(q, k, v, key_valid, causal, sizes, keys - queries)
-  return out[:, :, :queries]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _flash(q, k, v, key_valid, causal, sizes, offset):
-  return _flash_forward(q, k, v, key_valid, causal, sizes, offset)[0]
-
-
-def _flash_forward(q, k, v, key_valid, causal, sizes, offset):
-  """Returns the output and what the backward pass keeps of it."""
-  blocks = _key_blocks(k, v, key_valid, sizes[1])
-
-  def one_query_block(block):
-    start_q, q_block = block
-
-    def one_key_block(carry, block):
-      start_k, k_block, v_block, valid = block
-      top, total, mixed = carry
-      scores = _scores(q_block, k_block)
-      seen = _seen(valid, causal, sizes, (start_q, start_k), offset)
-      new_top = jnp.maximum(top, jnp.max(jnp.where(seen, scores, _MINUS_INFINITY), -1))
-      weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
-      shrink = jnp.exp(top - new_top)
-      total = total * shrink + weights.sum(-1)
-      mixed = mixed * shrink[..., None] + _mix(weights, v_block)
-      return (new_top, total, mixed), None
-
-    rows = q_block.shape[:-1]
-    start = (
-        jnp.full(rows, _MINUS_INFINITY), jnp.zeros(rows),
-        jnp.zeros(q_block.shape, jnp.float32),
-    )
-    (top, total, mixed), _ = jax.lax.scan(one_key_block, start, blocks)
-    # A row without keys: its total is 0; 1 keeps the quotient 0.
-    total = jnp.where(total > 0, total, 1.0)
-    return (mixed / total[..., None]).astype(q.dtype), top + jnp.log(total)
-
-  out, log_total = jax.lax.map(one_query_block, _cut(q, sizes[0]))
-  out, log_total = _join(out), _join(log_total)
-  out, log_total = checkpoint_name(out, SAVED), checkpoint_name(log_total, SAVED)
-  return out, (q, k, v, key_valid, out, log_total)
-
-
-def _flash_backward(causal, sizes, offset, residuals, d_out):
-  """Computes each block of weights again from the saved log-sum."""
-  q, k, v, key_valid, out, log_total = residuals
-  dots = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)  # [B, H, N]
-  query_blocks = _cut(q, sizes[0]) + tuple(
-      _cut(x, sizes[0])[1] for x in (d_out, log_total, dots)
-  )
-  scale = 1.0 / math.sqrt(q.shape[-1])
-
-  def one_key_block(d_q, block):
-    start_k, k_block, v_block, valid = block
-
-    def one_query_block(carry, block):
-      d_k, d_v = carry
-      start_q, q_block, d_out_block, log_block, dot_block = block
-      seen = _seen(valid, causal, sizes, (start_q, start_k), offset)
-      scores = _scores(q_block, k_block)
-      weights = jnp.where(seen, jnp.exp(scores - log_block[..., None]), 0.0)
-      d_v += _product("bhqk,bhqd->bhkd", weights, d_out_block)
-      d_weights = _product("bhqd,bhkd->bhqk", d_out_block, v_block)
-      d_scores = weights * (d_weights - dot_block[..., None]) * scale
-      d_k += _product("bhqk,bhqd->bhkd", d_scores, q_block)
-      return (d_k, d_v), _product("bhqk,bhkd->bhqd", d_scores, k_block)
-
-    zeros = jnp.zeros(k_block.shape, jnp.float32)
-    (d_k, d_v), d_q_blocks = jax.lax.scan(one_query_block, (zeros, zeros), query_blocks)
-    return d_q + d_q_blocks, (d_k, d_v)
-
-  d_q = jnp.zeros(query_blocks[1].shape, jnp.float32)
-  d_q, (d_k, d_v) = jax.lax.scan(
-      one_key_block, d_q, _key_blocks(k, v, key_valid, sizes[1])
-  )
-  d_q, d_k, d_v = _join(d_q), _join(d_k), _join(d_v)
-  return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
-
-
-_flash.defvjp(_flash_forward, _flash_backward)
-
-
-def _product(equation, a, b):
-  return jnp.einsum(equation, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
-
-
-def _cut(x, size):
-  """[B, H, N, ...] -> starts [n], blocks [n, B, H, size, ...]."""
-  b, h, tokens = x.shape[:3]
-  blocks = x.reshape(b, h, tokens // size, size, *x.shape[3:])
-  return jnp.arange(0, tokens, size), jnp.moveaxis(blocks, 2, 0)
-
-
-def _join(blocks):
-  """[n, B, H, size, ...] -> [B, H, N, ...]."""
-  x = jnp.moveaxis(blocks, 0, 2)
-  return x.reshape(*x.shape[:2], -1, *x.shape[4:])
-
-
-def _key_blocks(k, v, key_valid, size):
-  starts, k = _cut(k, size)
-  valid = jnp.moveaxis(key_valid.reshape(key_valid.shape[0], -1, size), 1, 0)
-  return starts, k, _cut(v, size)[1], valid
-
-
-_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
-    "xla": _xla,
-    "chunked": _chunked,
+# name -> function, and whether the compiler cannot split it over devices.
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., jax.Array], bool]] = {
+    "xla": (naive.attend, False),
+    "chunked": (chunked.attend, False),
+    "rows": (rows.attend, True),
+    "splash": (splash.attend, True),
+    "cudnn": (cudnn.attend, True),
 }
-IMPLEMENTATIONS = tuple(_IMPLEMENTATIONS)
+IMPLEMENTATIONS = (*_IMPLEMENTATIONS, "auto")
+_OF_PLATFORM = {
+    "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "rocm": "chunked", "cpu": "auto",
+}
+# Up to so many scores of a head a CPU is quicker with all of them at once.
+_FEW_SCORES = 128**2

@@ -4,6 +4,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from vjepa_jax.nn import placement
 from vjepa_jax.nn.attention import INITIALIZERS
 
 
@@ -39,4 +40,5 @@ class PatchEmbed(nn.Module):
     return nn.Dense(
         self.width, dtype=jnp.dtype(self.dtype),
         kernel_init=INITIALIZERS[self.initializer], name="proj",
+        promote_dtype=placement.promote,
     )(patches)

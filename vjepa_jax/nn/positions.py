@@ -140,9 +140,15 @@ def rope_tables(
 def apply_rope(x: jax.Array, tables: Rope) -> jax.Array:
   """Turns queries or keys [B, H, N, d] by the tables, in float32."""
   cos, sin = tables.cos[:, None], tables.sin[:, None]  # [B or 1, 1, N, d]
+  partner = _adjacent if tables.layout == "vjepa2" else _halves
   x32 = x.astype(jnp.float32)
-  partner = _adjacent(x32) if tables.layout == "vjepa2" else _halves(x32)
-  return (x32 * cos + partner * sin).astype(x.dtype)
+  if x.dtype == jnp.float32:
+    return x32 * cos + partner(x32) * sin
+  # A product with a signed permutation is exact and one pass over x, where cutting
+  # and joining the channels of a TPU's vector registers takes four.
+  turn = partner(jnp.eye(x.shape[-1])).astype(x.dtype)
+  turned = jnp.einsum("bhnd,de->bhne", x, turn, preferred_element_type=jnp.float32)
+  return (x32 * cos + turned * sin).astype(x.dtype)
 
 
 def sincos(

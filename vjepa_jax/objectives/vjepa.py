@@ -11,9 +11,10 @@ sizes are drawn per sample, the predictor is not sorted by place (attention with
 positions from ids does not depend on order), one mask token a mask group.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import difflib
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from vjepa_jax.backbones.base import Backbone, Features
-from vjepa_jax.nn import blocks, positions
+from vjepa_jax.nn import blocks, placement, positions
 from vjepa_jax.nn.attention import INITIALIZERS
 from vjepa_jax.objectives.base import Batch, Metrics, ModelState, Params
 from vjepa_jax.volumes import masks as masks_lib
@@ -73,7 +74,25 @@ class TransformerPredictor(nn.Module):
   initializer: str = "vjepa"
   dtype: str = "float32"
 
-  @nn.compact
+  def setup(self):
+    draw = INITIALIZERS[self.initializer]
+    dense = lambda width: nn.Dense(
+        width, dtype=self.dtype, kernel_init=draw, promote_dtype=placement.promote
+    )
+    self.embed = dense(self.width)
+    # The reference starts at zero, where LayerNorm's gradient is 1 / sqrt(eps) = 1000.
+    self.mask_tokens = self.param(
+        "mask_tokens", nn.initializers.normal(0.02), (self.groups, self.width)
+    )
+    self.stack = blocks.Stack(
+        width=self.width, depth=self.depth, heads=self._heads(),
+        mlp_ratio=self.mlp_ratio, attention=self.attention,
+        attention_chunk=self.attention_chunk, remat=self.remat, unroll=self.unroll,
+        initializer=self.initializer, dtype=self.dtype,
+    )
+    self.norm = blocks.layer_norm()
+    self.proj = dense(self.features)
+
   def __call__(
       self,
       context: jax.Array,
@@ -85,44 +104,68 @@ class TransformerPredictor(nn.Module):
       train: bool = False,
   ) -> tuple[jax.Array, jax.Array]:
     """Returns predictions at the target places [B, M, D] and the context's [B, K, D]."""
+    tokens, ids = self._assemble(context, split, group)
+    tokens = self._transform(
+        tokens, ids, _joined_validity(split), grid, spacing, train
+    )
     kept = context.shape[1]
-    tokens = nn.Dense(
-        self.width, dtype=self.dtype, kernel_init=INITIALIZERS[self.initializer],
-        name="embed",
-    )(context)
-    # The reference starts at zero, where LayerNorm's gradient is 1 / sqrt(eps) = 1000.
-    mask_tokens = self.param(
-        "mask_tokens", nn.initializers.normal(0.02), (self.groups, self.width)
-    )
+    return tokens[:, kept:], tokens[:, :kept]
+
+  def together(
+      self,
+      contexts: Sequence[jax.Array],
+      splits: Sequence[masks_lib.Split],
+      grid: Grid,
+      *,
+      spacing: jax.Array | None = None,
+      train: bool = False,
+  ) -> list[tuple[jax.Array, jax.Array]]:
+    """Returns what calls with group 0, 1, ... return, as rows of one pass.
+
+    All groups must have the same K + M; one pass is compiled in place of several.
+    """
+    many = len(splits)
+    parts = [self._assemble(c, s, g) for g, (c, s) in enumerate(zip(contexts, splits))]
+    # The groups of a row lie side by side, so that rows stay on their devices.
+    join = lambda arrays: jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+    tokens, ids = (join(arrays) for arrays in zip(*parts))
+    valid = [_joined_validity(split) for split in splits]
+    if any(v is not None for v in valid):
+      whole = jnp.ones(parts[0][1].shape, bool)
+      valid = join([whole if v is None else v for v in valid])
+    else:
+      valid = None
+    spacing = None if spacing is None else jnp.repeat(spacing, many, axis=0)
+    tokens = self._transform(tokens, ids, valid, grid, spacing, train)
+    tokens = tokens.reshape(-1, many, *tokens.shape[1:])
+    kept = [context.shape[1] for context in contexts]
+    return [(tokens[:, g, k:], tokens[:, g, :k]) for g, k in enumerate(kept)]
+
+  def _heads(self) -> int:
+    return blocks.default_heads(self.width, self.heads, otherwise=12)
+
+  def _assemble(self, context, split, group):
+    """Embeds a group's context and puts mask tokens behind: [B, K+M, width], ids."""
+    tokens = self.embed(context)
     hidden = jnp.broadcast_to(
-        mask_tokens[group].astype(tokens.dtype), (*split.target.shape, self.width)
+        self.mask_tokens[group].astype(tokens.dtype), (*split.target.shape, self.width)
     )
-    ids = jnp.concatenate([split.context, split.target], axis=1)  # [B, K+M]
-    tokens = jnp.concatenate([tokens, hidden], axis=1)  # [B, K+M, width]
-    heads = blocks.default_heads(self.width, self.heads, otherwise=12)
+    ids = jnp.concatenate([split.context, split.target], axis=1)
+    return jnp.concatenate([tokens, hidden], axis=1), ids
+
+  def _transform(self, tokens, ids, valid, grid, spacing, train):
     rope = None
     if self.positions == "sincos":
       table = positions.sincos_table(grid.dims, self.width)
       tokens = tokens + jnp.asarray(table, tokens.dtype)[ids]
     else:
       rope = positions.rope(
-          grid, ids, self.width // heads, layout=self.rope_layout,
+          grid, ids, self.width // self._heads(), layout=self.rope_layout,
           base=self.rope_base, units=self.rope_units,
           reference=self.rope_reference, spacing=spacing,
       )
-    tokens = blocks.Stack(
-        width=self.width, depth=self.depth, heads=heads, mlp_ratio=self.mlp_ratio,
-        attention=self.attention,
-        attention_chunk=self.attention_chunk, remat=self.remat,
-        unroll=self.unroll, initializer=self.initializer, dtype=self.dtype,
-        name="stack",
-    )(tokens, rope=rope, key_valid=_joined_validity(split), train=train)
-    tokens = blocks.layer_norm(name="norm")(tokens)
-    tokens = nn.Dense(
-        self.features, dtype=self.dtype,
-        kernel_init=INITIALIZERS[self.initializer], name="proj",
-    )(tokens)
-    return tokens[:, kept:], tokens[:, :kept]
+    tokens = self.stack(tokens, rope=rope, key_valid=valid, train=train)
+    return self.proj(self.norm(tokens))
 
 
 class MLPPredictor(nn.Module):
@@ -162,7 +205,8 @@ class MLPPredictor(nn.Module):
     known = _masked_mean(context, split.context_valid)  # [B, D]
     tokens = known[:, None] + places[split.target].astype(known.dtype)
     tokens = nn.Dense(
-        self.width or self.features, dtype=self.dtype, kernel_init=init, name="fc1"
+        self.width or self.features, dtype=self.dtype, kernel_init=init, name="fc1",
+        promote_dtype=placement.promote,
     )(tokens)
     if self.norm == "batch":
       tokens = nn.BatchNorm(
@@ -171,9 +215,10 @@ class MLPPredictor(nn.Module):
     elif self.norm == "layer":
       tokens = blocks.layer_norm(name="norm")(tokens)
     tokens = nn.gelu(tokens, approximate=False)
-    tokens = nn.Dense(self.features, dtype=self.dtype, kernel_init=init, name="fc2")(
-        tokens
-    )
+    tokens = nn.Dense(
+        self.features, dtype=self.dtype, kernel_init=init, name="fc2",
+        promote_dtype=placement.promote,
+    )(tokens)
     return tokens, None
 
 
@@ -310,11 +355,10 @@ class VJEPA:
     rows = batch["_mask"]
     targets = self.targets(model_state, batch)
     terms, spreads, metrics = [], [], {}
-    for group, split in enumerate(splits):
-      context, prediction, seen, model_state = self._predict_group(
-          params, model_state, batch, split, group, train, rngs
-      )
-      del context
+    predictions, model_state = self._predict(
+        params, model_state, batch, splits, train, rngs
+    )
+    for split, (prediction, seen) in zip(splits, predictions):
       wanted = _take(targets, split.target)
       row_loss = _masked_mean(
           token_loss(prediction, wanted, self.loss_kind, self.target_norm),
@@ -398,28 +442,44 @@ class VJEPA:
   def _grid(self, volume: jax.Array) -> Grid:
     return Grid(tuple(volume.shape[1:5]), tuple(self.backbone.patch))
 
-  def _predict_group(self, params, model_state, batch, split, group, train, rngs):
-    """Encodes the visible tokens and predicts the hidden ones of one group."""
+  def _predict(self, params, model_state, batch, splits, train, rngs):
+    """Encodes the visible tokens and predicts the hidden ones, group by group.
+
+    Returns [(prediction [B, M, D], the context's [B, K, D] or None)] and the state.
+    """
+    contexts = [self._context(params, batch, s, train, rngs) for s in splits]
+    options = dict(
+        grid=self._grid(batch["volume"]), spacing=batch.get("spacing"), train=train
+    )
+    variables = {"params": params["predictor"]}
+    totals = {s.context.shape[1] + s.target.shape[1] for s in splits}
+    if hasattr(self._predictor, "together") and len(totals) == 1 < len(splits):
+      return self._predictor.apply(
+          variables, contexts, splits, method="together", **options
+      ), model_state
+    predictions = []
+    for group, (context, split) in enumerate(zip(contexts, splits)):
+      predict = functools.partial(
+          self._predictor.apply, context=context, split=split, group=group, **options
+      )
+      if "batch_stats" in model_state:
+        statistics = {"batch_stats": model_state["batch_stats"]}
+        found, changed = predict(variables | statistics, mutable=["batch_stats"])
+        model_state = {**model_state, **changed}
+      else:
+        found = predict(variables)
+      predictions.append(found)
+    return predictions, model_state
+
+  def _context(self, params, batch, split, train, rngs) -> jax.Array:
+    """Encodes the visible tokens of one group, [B, K, D]."""
     # With separate photometric views the context is the other view of one geometry.
     volume = batch.get("volume_context", batch["volume"])
-    spacing = batch.get("spacing")
-    context = self.backbone.apply(
+    return self.backbone.apply(
         {"params": params["encoder"]}, volume, keep_ids=split.context,
-        keep_valid=split.context_valid, spacing=spacing, train=train, rngs=rngs,
+        keep_valid=split.context_valid, spacing=batch.get("spacing"), train=train,
+        rngs=rngs,
     ).tokens
-    variables = {"params": params["predictor"]}
-    if "batch_stats" not in model_state:
-      prediction, seen = self._predictor.apply(
-          variables, context, split, self._grid(volume), group=group,
-          spacing=spacing, train=train,
-      )
-      return context, prediction, seen, model_state
-    variables["batch_stats"] = model_state["batch_stats"]
-    (prediction, seen), changed = self._predictor.apply(
-        variables, context, split, self._grid(volume), group=group, spacing=spacing,
-        train=train, mutable=["batch_stats"],
-    )
-    return context, prediction, seen, {**model_state, **changed}
 
   def _context_ramp(self, model_state: ModelState) -> jax.Array:
     warmup = max(self.context_warmup_steps, 1)

@@ -1,6 +1,7 @@
 """Checkpoints: the whole run at a step, saved in the background, restored strictly."""
 
 from collections.abc import Callable, Mapping
+import contextlib
 import json
 import os
 from typing import Any, Protocol
@@ -10,14 +11,37 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from vjepa_jax.train import seal
 from vjepa_jax.train import workdir as workdir_lib
 from vjepa_jax.train.optim import named_leaves
 
 _policies = ocp.checkpoint_managers
+# What says that a file could not be had now, and nothing of what is in it.
+_NOT_DAMAGE = (
+    "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED",
+    "UNAUTHENTICATED", "CANCELLED", "Forbidden",
+)
 
 
 class CheckpointError(ValueError):
   """A checkpoint that is missing, damaged or does not fit; says which and why."""
+
+
+class DamagedError(CheckpointError):
+  """A checkpoint whose files are missing, cut short or altered.
+
+  Attributes:
+    step: of the checkpoint.
+    reason: what is wrong with which file.
+  """
+
+  def __init__(self, message: str, step: int, reason: str):
+    super().__init__(message)
+    self.step, self.reason = step, reason
+
+
+class SaveError(OSError):
+  """A checkpoint that could not be written; the earlier ones are as they were."""
 
 
 class DataIterator(Protocol):
@@ -68,33 +92,20 @@ class Checkpoints:
     if not workdir_lib.is_remote(directory):
       self.directory = self.directory.expanduser().resolve()
     self._keep, self._mode = keep, best_mode
-    self._failed = False
-    self._manager = ocp.CheckpointManager(
-        self.directory,
-        item_handlers={
-            "state": ocp.PyTreeCheckpointHandler(),
-            "config": ocp.JsonCheckpointHandler(),
-            "extra": ocp.JsonCheckpointHandler(),
-            "data": grain_checkpoint.CheckpointHandler(),
-        },
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=_retention(keep, keep_every_steps, best_mode),
-            best_fn=_metric if best_mode else None,
-            best_mode=best_mode or "max",
-            # What a killed run left; of a run under way it would be its next save.
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            read_only=read_only,
-            save_interval_steps=0 if read_only else 1,
-        ),
-    )
+    self._keep_every_steps, self._read_only = keep_every_steps, read_only
+    self._failed = self._must_reopen = False
+    self._manager = self._open()
 
   def latest_step(self) -> int | None:
     """Returns the last complete step; None where there is none."""
     return self._manager.latest_step()
 
   def best_step(self) -> int | None:
-    """Returns the step with the best metric; None where there is none."""
+    """Returns the step with the best metric; None where there is none.
+
+    Raises:
+      SaveError, WorkdirError: as `wait`.
+    """
     self.wait()
     return self._manager.best_step()
 
@@ -123,18 +134,21 @@ class Checkpoints:
       metric: what "best" is ranked by.
 
     Raises:
-      WorkdirError: this save or the one before it failed.
+      SaveError: this save failed, or the one before it.
+      WorkdirError: its bucket is out of reach for too long.
     """
+    self.wait()
+    if self._must_reopen:
+      self._write(self._reopen)
     if step in self._manager.all_steps():
       return
     items = {
-        "state": ocp.args.PyTreeSave(_to_nested(state)),
+        "state": _Save(_to_nested(state)),
         "config": ocp.args.JsonSave(dict(config)),
         "extra": ocp.args.JsonSave(dict(extra or {})),
     }
     if iterator is not None:
       items["data"] = grain_checkpoint.CheckpointSave(_Place(iterator))
-    self.wait()
     metrics = None if metric is None else {"metric": float(metric)}
     self._write(
         lambda: self._manager.save(
@@ -162,13 +176,14 @@ class Checkpoints:
 
     Raises:
       CheckpointError: no such step; names missing, unexpected or misshapen, all of
-        them; a damaged file.
+        them.
+      DamagedError: a file is missing, cut short or altered.
     """
     self._check_exists(step)
     wanted = _to_nested(state)
     self._check_fits(step, wanted, partial)
     items = {
-        "state": ocp.args.PyTreeRestore(
+        "state": _Restore(
             wanted,
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
             partial_restore=partial,
@@ -184,7 +199,8 @@ class Checkpoints:
     """Sends the training data to where it was when the step was saved.
 
     Raises:
-      CheckpointError: no such step, or a damaged file.
+      CheckpointError: no such step.
+      DamagedError: a file is missing, cut short or altered.
       Exception: what the iterator raises where its data are not those of the place.
     """
     self._check_exists(step)
@@ -198,14 +214,57 @@ class Checkpoints:
     """Returns the experiment's JSON that was saved with a step.
 
     Raises:
-      CheckpointError: no such step, or a damaged file.
+      CheckpointError: no such step.
+      DamagedError: a file is missing, cut short or altered.
     """
     self._check_exists(step)
     args = ocp.args.Composite(config=ocp.args.JsonRestore())
     return self._read(step, lambda: self._manager.restore(step, args=args))["config"]
 
+  def check(self, step: int, share: tuple[int, int] = (0, 1)) -> None:
+    """Reads the files of a step's state through and compares their checksums.
+
+    In a bucket, which keeps checksums itself, only sizes are compared.
+
+    Args:
+      step: one of `all_steps`.
+      share: (i, n) reads every nth block only, so that n hosts share the work.
+
+    Raises:
+      DamagedError: names the first file that is missing, cut short or altered.
+    """
+    fault = self._read(
+        step, lambda: [seal.fault(self.directory / str(step) / "state", share)]
+    )[0]
+    if fault:
+      raise self._damaged(step, fault)
+
+  def set_aside(self, step: int) -> str:
+    """Renames a damaged step's folder, so that no run goes on from it.
+
+    One process does it for all; the others call `reload`.
+
+    Returns:
+      The new name.
+
+    Raises:
+      OSError: the folder cannot be renamed.
+    """
+    names = [f"{step}.damaged", *(f"{step}.damaged.{n}" for n in range(1, 1000))]
+    name = next(n for n in names if not (self.directory / n).exists())
+    (self.directory / str(step)).rename(self.directory / name)
+    return name
+
+  def reload(self) -> None:
+    """Looks again at which steps there are."""
+    self._manager.reload()
+
   def would_keep(self, metric: float) -> bool:
-    """Says whether a checkpoint with this metric would be among the best."""
+    """Says whether a checkpoint with this metric would be among the best.
+
+    Raises:
+      SaveError, WorkdirError: as `wait`.
+    """
     if not np.isfinite(metric):
       return False
     self.wait()
@@ -225,16 +284,26 @@ class Checkpoints:
     """Returns once nothing is being saved.
 
     Raises:
-      WorkdirError: a save failed, or its bucket is out of reach.
+      SaveError: the save under way failed; it is told once.
+      WorkdirError: its bucket is out of reach for too long.
     """
+    if self._must_reopen:
+      return  # What failed was told.
     wait = self._manager.wait_until_finished
     self._write(lambda: workdir_lib.watched(wait, self.directory))
 
+  def idle(self) -> bool:
+    """Says whether `wait` would return at once.
+
+    On several processes, which can only find out together, it is False.
+    """
+    return jax.process_count() == 1 and not self._manager.is_saving_in_progress()
+
   def close(self) -> None:
-    """Waits and releases threads; nothing is waited for after a save has failed.
+    """Waits and releases threads; nothing is waited for after a bucket was lost.
 
     Raises:
-      WorkdirError: as `wait`.
+      SaveError, WorkdirError: as `wait`.
     """
     if not self._failed:
       self.wait()
@@ -244,8 +313,51 @@ class Checkpoints:
     """Makes `close` wait for nothing: the bucket is known to be lost."""
     self._failed = True
 
+  def _open(self) -> ocp.CheckpointManager:
+    remote = workdir_lib.is_remote(self.directory)
+    if remote and not self._read_only and jax.process_index() == 0:
+      self._remove_unfinished()
+    return ocp.CheckpointManager(
+        self.directory,
+        item_handlers={
+            # Weights hardly shrink; unpacking them is what takes long in restoring.
+            "state": _SealedHandler(use_compression=False),
+            "config": ocp.JsonCheckpointHandler(),
+            "extra": ocp.JsonCheckpointHandler(),
+            "data": grain_checkpoint.CheckpointHandler(),
+        },
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=_retention(
+                self._keep, self._keep_every_steps, self._mode
+            ),
+            best_fn=_metric if self._mode else None,
+            best_mode=self._mode or "max",
+            # What a killed run left; of a run under way it would be its next save.
+            # In a bucket Orbax takes every folder without its mark for one, `best` too.
+            cleanup_tmp_directories=not self._read_only and not remote,
+            create=not self._read_only,
+            read_only=self._read_only,
+            save_interval_steps=0 if self._read_only else 1,
+        ),
+    )
+
+  def _remove_unfinished(self) -> None:
+    """Removes steps in a bucket that have no mark of being complete."""
+    try:
+      found = list(self.directory.iterdir())
+    except FileNotFoundError:
+      return
+    for path in found:
+      if path.name.isdigit() and not (path / "commit_success.txt").exists():
+        path.rmtree()
+
+  def _reopen(self) -> None:
+    """Begins anew after a failed save, and removes what it left."""
+    self._manager = workdir_lib.watched(self._open, self.directory)
+    self._must_reopen = False
+
   def _write(self, act: Callable[[], Any]) -> None:
-    """Names the folder and a way out when something cannot be saved."""
+    """Names the folder when something cannot be saved, and frees what it took."""
     try:
       act()
     except workdir_lib.WorkdirError:
@@ -253,11 +365,14 @@ class Checkpoints:
       raise
     # The storage layers' errors have no kind in common.
     except Exception as error:
-      self._failed = True
-      reason = " ".join(str(error).split())[:500]
-      raise workdir_lib.WorkdirError(
-          f"{self.directory}: saving failed: {type(error).__name__}: {reason}; the "
-          "same command goes on from the last complete checkpoint"
+      reason = " ".join(str(error).split())[:300]
+      # On several hosts all must open together: before the next save.
+      self._must_reopen = True
+      if jax.process_count() == 1 and not workdir_lib.is_remote(self.directory):
+        with contextlib.suppress(Exception):
+          self._reopen()
+      raise SaveError(
+          f"{self.directory}: {type(error).__name__}: {reason}"
       ) from error
 
   def _check_exists(self, step: int) -> None:
@@ -299,14 +414,53 @@ class Checkpoints:
       if result is None:
         raise FileNotFoundError("the metadata of its state")
       return result
+    except workdir_lib.WorkdirError:
+      raise
     # Damage shows as anything from KeyError to an error of the storage layer.
     except Exception as error:
-      reason = " ".join(str(error).split())[:500]
-      raise CheckpointError(
-          f"{path} is damaged: {type(error).__name__}: {reason}\nto go on from an "
-          f"earlier step ({[s for s in self.all_steps() if s < step]}), move this "
-          "folder away"
-      ) from error
+      reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+      if not _shows_damage(error):
+        kind = CheckpointError
+        if workdir_lib.is_remote(path):
+          kind = workdir_lib.WorkdirError
+        raise kind(f"{path} cannot be read: {reason}; it is left as it is") from error
+      raise self._damaged(step, reason) from error
+
+  def _damaged(self, step: int, reason: str) -> DamagedError:
+    earlier = [s for s in self.all_steps() if s < step]
+    return DamagedError(
+        f"{self.directory / str(step)} is damaged: {reason}\nto go on from an "
+        f"earlier step ({earlier}), move this folder away",
+        step, reason,
+    )
+
+
+class _SealedHandler(ocp.PyTreeCheckpointHandler):
+  """Writes checksums of the arrays' files before the checkpoint counts."""
+
+  def finalize(self, directory: Any) -> None:
+    super().finalize(directory)
+    seal.write(directory)
+
+
+@ocp.args.register_with_handler(_SealedHandler, for_save=True)
+class _Save(ocp.args.PyTreeSave):
+  """What `_SealedHandler` saves."""
+
+
+@ocp.args.register_with_handler(_SealedHandler, for_restore=True)
+class _Restore(ocp.args.PyTreeRestore):
+  """What `_SealedHandler` restores."""
+
+
+def _shows_damage(error: Exception) -> bool:
+  """Says whether an error can come from what is in a file."""
+  if isinstance(error, (MemoryError, PermissionError)):
+    return False
+  code = str(getattr(error, "code", "") or getattr(error, "status", ""))
+  return code not in ("401", "403", "429", "500", "502", "503", "504") and not any(
+      word in str(error) for word in _NOT_DAMAGE
+  )
 
 
 class _Place:

@@ -64,7 +64,8 @@ class Validation:
       limit: at most so many batches; None: all.
     """
     self._step = jax.jit(
-        make_eval_step(objective, augment), out_shardings=sharding.replicated(mesh)
+        sharding.on_mesh(make_eval_step(objective, augment), mesh),
+        out_shardings=sharding.replicated(mesh),
     )
     self._mesh, self._batches, self._limit = mesh, batches, limit
 
@@ -193,13 +194,13 @@ class Evaluations:
 
 def _wrap(fn: Callable[..., Any], augment: Augment, mesh: Mesh) -> Callable[..., Any]:
   whole = sharding.replicated(mesh)
-  without_batch = jax.jit(fn, out_shardings=whole)
+  without_batch = jax.jit(sharding.on_mesh(fn, mesh), out_shardings=whole)
 
   def on_device(params, model_state, batch, *args):
     batch = augment(with_positions(batch), jax.random.key(0), train=False)
     return fn(params, model_state, batch, *args)
 
-  with_batch = jax.jit(on_device, out_shardings=whole)
+  with_batch = jax.jit(sharding.on_mesh(on_device, mesh), out_shardings=whole)
 
   def call(params, model_state, batch=None, *args):
     if batch is None:

@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import signal
-import time
 from typing import Any
 
 from clu import parameter_overview
@@ -17,12 +15,21 @@ from jax.sharding import Mesh
 
 from vjepa_jax.evaluators.base import Evaluator
 from vjepa_jax.objectives.base import Objective
-from vjepa_jax.train import checkpoint, evaluate, schedules, sharding, watch
+from vjepa_jax.train import (
+    checkpoint,
+    compiled,
+    evaluate,
+    fit,
+    schedules,
+    sharding,
+    watch,
+)
 from vjepa_jax.train import metrics as metrics_lib
 from vjepa_jax.train import workdir as workdir_lib
 from vjepa_jax.train.optim import Optimizer
-from vjepa_jax.train.state import Augment, TrainState, init_state
-from vjepa_jax.train.step import make_train_step
+from vjepa_jax.train.program import Program, make_program
+from vjepa_jax.train.saver import Saver
+from vjepa_jax.train.state import Augment, TrainState
 
 # Share of the time spent in waiting for data above which a log line says so.
 _MAX_DATA_WAIT = 0.2
@@ -38,6 +45,10 @@ class LoopOptions:
     total_steps: length of the run.
     batch_size: rows a step over all hosts and micro-batches.
     accum: micro-batches a step.
+    fit: "auto" takes more of them where a step would not fit into memory, by the
+      compiler's word before step 1; batch_size stays. A run goes on with what it
+      began with.
+    memory_gib: of a device, for `fit`; None: what the device says.
     log_every_steps: a line holds the means since the one before.
     checkpoint_every_steps: None: only at the end.
     checkpoint_every_minutes: beside that; on many hosts looked at when logging.
@@ -48,6 +59,8 @@ class LoopOptions:
       the self-supervised loss, which is lowest where features have collapsed.
     best_mode: "max" or "min".
     keep_best: how many of the best stay.
+    max_failed_saves: checkpoints in a row that could not be written (a full disk, a
+      bucket that refuses) before the run ends.
     early_stop_metric: name of an evaluator's number; None never stops early.
     early_stop_patience: evaluations without a better value before stopping.
     early_stop_mode: "max" or "min".
@@ -59,14 +72,19 @@ class LoopOptions:
     tokens_per_volume: for tokens_per_s; None leaves it out.
     tensorboard: writes TensorBoard events.
     wandb: keywords of wandb.init; None: off.
-    profile_from_step: writes a trace into workdir/profile; None: off.
+    profile_from_step: writes a trace into workdir/profile; watch.SOON: after the
+      first steps of this process; None: off.
     profile_steps: length of the trace.
-    compilation_cache: folder in which compiled programs outlive the run.
+    flops_per_volume: counts what the model needs for one, for mfu; None leaves it out.
+    compilation_cache: folder in which compiled programs outlive the run; "auto" and
+      None as in `compiled.keep_programs`.
   """
 
   total_steps: int
   batch_size: int
   accum: int = 1
+  fit: str = "off"
+  memory_gib: float | None = None
   log_every_steps: int = 50
   checkpoint_every_steps: int | None = None
   checkpoint_every_minutes: float | None = None
@@ -76,6 +94,7 @@ class LoopOptions:
   best_metric: str | None = None
   best_mode: str = "max"
   keep_best: int = 1
+  max_failed_saves: int = 3
   early_stop_metric: str | None = None
   early_stop_patience: int = 10
   early_stop_mode: str = "max"
@@ -89,6 +108,7 @@ class LoopOptions:
   wandb: Mapping[str, Any] | None = None
   profile_from_step: int | None = None
   profile_steps: int = 3
+  flops_per_volume: Callable[[], float] | None = None
   compilation_cache: str | None = None
 
 
@@ -105,6 +125,7 @@ def run(
     mesh: Mesh | None = None,
     eval_batches: Callable[[], Iterable[evaluate.HostBatch]] | None = None,
     evaluators: Mapping[str, tuple[Evaluator, int | None]] | None = None,
+    reached: Callable[[int, int], int] = watch.stop_alone,
 ) -> TrainState:
   """Trains to the end, or goes on from the last checkpoint of the workdir.
 
@@ -128,44 +149,53 @@ def run(
     evaluators: name -> (evaluator, every how many steps). All run before the first
       step and after the last; None for the number means only then. One that has
       `restore(lines)` gets the lines of metrics.jsonl when a run goes on.
+    reached: (step, signal that came here or 0) -> signal by which all processes stop
+      at this step, or 0; several processes need `hosts.Hosts.reached`.
 
   Returns:
     The state after the last step.
 
   Raises:
     NonFiniteError: options.max_skipped_in_row steps in a row were not finite.
-    CheckpointError: the last checkpoint is damaged or does not fit.
+    CheckpointError: no checkpoint is sound, the last one is of another model, or
+      options.max_failed_saves in a row could not be written.
     SystemExit: SIGTERM or SIGINT came; the run is saved and the same command goes
       on. The code is 128 + the signal's number (143, 130), so that schedulers
       tell it from a finished run. A second SIGINT interrupts at once.
-    ValueError: batch, mesh or schedules that do not fit.
+    ValueError: batch, mesh or schedules that do not fit each other, or (FitError) a
+      step that does not fit into memory.
     KeyError: best_metric or early_stop_metric is no number of any evaluator.
-    WorkdirError: the bucket of the workdir was out of reach for too long.
+    WorkdirError: the bucket of the workdir was out of reach for too long, or
+      refused options.max_failed_saves checkpoints in a row.
   """
   mesh = mesh or sharding.make_mesh()
   _check(options, optimizer, mesh)
-  if options.compilation_cache:
-    jax.config.update("jax_compilation_cache_dir", options.compilation_cache)
+  compiled.keep_programs(options.compilation_cache)
   feed = watch.Feed(train_iterator, functools.partial(sharding.put_batch, mesh=mesh))
   with contextlib.ExitStack() as stack:
     signals = stack.enter_context(watch.Signals())
     stack.callback(feed.close)
     files = workdir_lib.Files(workdir, fetch=_GOES_ON_WITH)
     stack.callback(files.close)
-    saver = _Saver(str(workdir), feed, files, options, config)
+    saver = _open_saver(str(workdir), feed, files, options, config)
     stack.callback(saver.close)
-    init = functools.partial(init_state, objective, optimizer, augment)
-    state, extra = _begin(init, saver, feed, mesh, options, seed)
+    build = functools.partial(
+        _build, objective, optimizer, augment, options, mesh
+    )
+    program, accum, state, extra = _begin(build, saver, feed, seed, options, mesh)
+    options = dataclasses.replace(options, accum=accum)
     writer = metrics_lib.Writer(
         files.folder, restored_step=int(state.step) if saver.resumed else -1,
         total_steps=options.total_steps, config=config,
         tensorboard=options.tensorboard, wandb=options.wandb,
     )
     stack.callback(writer.close)
+    saver.attach(writer)
     if saver.resumed:
       _restore_evaluators(evaluators or {}, files.folder)
     profile = watch.Profile(
-        files.folder, options.profile_from_step, options.profile_steps
+        files.folder, options.profile_from_step, options.profile_steps,
+        begin=int(state.step),
     )
     stack.callback(profile.close)
     if eval_batches is not None:
@@ -180,8 +210,8 @@ def run(
       }
     session = _Session(
         options=options, mesh=mesh, feed=feed, saver=saver, files=files, writer=writer,
-        profile=profile, clock=watch.Clock(feed),
-        train_step=_compiled_step(objective, optimizer, augment, options, state, mesh),
+        profile=profile, clock=watch.Clock(feed, _mfu(options, mesh)),
+        train_step=program.step,
         scalars=_scalars(objective, optimizer),
         window=watch.Window(
             int(state.step), extra.get("window", {}),
@@ -193,6 +223,7 @@ def run(
             mode=options.early_stop_mode, patience=options.early_stop_patience,
             history=extra.get("history", ()),
         ),
+        reached=reached,
     )
     _introduce(session, state)
     try:
@@ -217,7 +248,7 @@ class _Session:
   options: LoopOptions
   mesh: Mesh
   feed: watch.Feed
-  saver: "_Saver"
+  saver: Saver
   files: workdir_lib.Files
   writer: metrics_lib.Writer
   profile: watch.Profile
@@ -226,16 +257,17 @@ class _Session:
   scalars: Callable[[int], dict[str, float]]
   window: watch.Window
   evaluations: evaluate.Evaluations
+  reached: Callable[[int, int], int]
 
 
 def _train(s: _Session, state: TrainState, signals: watch.Signals) -> TrainState:
   """Goes from the state's step to the end, an early stop or a signal."""
-  options, step, stop = s.options, int(state.step), False
+  options, step, stop = s.options, int(state.step), 0
   if step == 0:
     with s.clock.pause():
       _evaluate_at_start(s, state)
   while step < options.total_steps and not stop and not s.evaluations.stagnant():
-    s.profile.at(step)
+    s.profile.at(step, state)
     batch = s.feed.take()
     with s.clock.step():
       state, metrics = s.train_step(state, batch)
@@ -248,16 +280,15 @@ def _train(s: _Session, state: TrainState, signals: watch.Signals) -> TrainState
       _log(s, state, step)
     with s.clock.pause():
       _evaluate(s, state, step, last)
-      late = False
-      # Hosts that decide apart hang in the next collective: they agree when logging.
-      if logging or jax.process_count() == 1:
-        stop = watch.agree(bool(signals.received))
-        late = watch.agree(s.saver.late())
+      # Hosts that decide apart hang in the next collective.
+      stop = s.reached(step, signals.received)
+      agreeing = logging or jax.process_count() == 1
+      late = agreeing and watch.agree(s.saver.late())
       if stop or last or late or s.evaluations.stagnant() or s.saver.due(step):
         s.saver.save(step, state, _extra(s))
+  # Another host may have got the signal: all leave with its code.
+  signals.received = stop
   if stop:
-    # Another host may have got the signal: all leave with its code.
-    signals.received = signals.received or signal.SIGTERM
     s.writer.say(
         f"step {step}: saved after signal {signals.received}; the same command goes on"
     )
@@ -266,7 +297,7 @@ def _train(s: _Session, state: TrainState, signals: watch.Signals) -> TrainState
         f"step {step}: stopped early, {options.early_stop_metric} has not improved in "
         f"{options.early_stop_patience} evaluations"
     )
-  s.saver.wait()
+  s.saver.finish(lambda: s.saver.save(step, state, _extra(s)))
   if not stop:
     for name, folder in s.saver.folders().items():
       s.writer.artifact(folder, name)
@@ -309,12 +340,18 @@ def _log(s: _Session, state: TrainState, step: int) -> None:
   if line["grad_norm"] == 0:
     s.writer.say(f"step {step}: the gradient is exactly 0; nothing is being learned")
   s.files.check()
+  s.saver.check()
+  if s.saver.failed:
+    line["failed_saves"] = s.saver.failed
   s.writer.write(step, line)
   s.writer.say(metrics_lib.format_line(step, s.options.total_steps, line))
 
 
 def _extra(s: _Session) -> dict[str, Any]:
-  return {"window": s.window.sums(), "history": s.evaluations.history}
+  return {
+      "window": s.window.sums(), "history": s.evaluations.history,
+      "accum": s.options.accum,
+  }
 
 
 def _introduce(s: _Session, state: TrainState) -> None:
@@ -343,32 +380,66 @@ def _introduce(s: _Session, state: TrainState) -> None:
     s.writer.say(f"goes on from step {int(state.step)} of {s.saver.directory}")
 
 
-def _begin(init, saver, feed, mesh, options, seed) -> tuple[TrainState, dict[str, Any]]:
-  """Draws a state on the mesh, or restores the last one."""
-  step = saver.latest_step()
-  if step is not None:
-    saver.restore_place(step)
+def _begin(
+    build, saver, feed, seed, options, mesh
+) -> tuple[Program, int, TrainState, dict[str, Any]]:
+  """Restores the last state, or draws one; (program, its accum, state, extra)."""
+  told = {"batch_size": options.batch_size, "mesh": mesh, "say": _say_first}
+  make = lambda accum=options.accum: build(feed.peek(), accum)
+  choose = lambda: fit.choose(
+      make, least=options.accum, memory_gib=options.memory_gib, **told
+  )
+  if restored := saver.restore(make):
+    program, state, extra = restored
+    accum = options.accum
+    if options.fit == "auto":
+      accum = fit.kept(extra.get("accum"), accum, **told)
+      program, accum = choose() if accum is None else (make(accum), accum)
+    return program, accum, state, extra
+  auto = options.fit == "auto"
+  program, accum = choose() if auto else (make(), options.accum)
+  return program, accum, program.init(jax.random.key(seed)), {}
+
+
+def _say_first(text: str) -> None:
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
+def _build(objective, optimizer, augment, options, mesh, batch, accum) -> Program:
+  """Makes the program of a run from one host batch."""
   rows = options.batch_size
-  shapes = {
-      name: jax.ShapeDtypeStruct((rows, *value.shape[1:]), value.dtype)
-      for name, value in feed.peek().items()
-  }
-  # Zeros for data: parameters must not depend on which record comes first.
-  draw = lambda key: init(
-      {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()}, key
+  return make_program(
+      objective=objective, optimizer=optimizer, augment=augment,
+      batch={
+          name: jax.ShapeDtypeStruct((rows, *value.shape[1:]), value.dtype)
+          for name, value in batch.items()
+      },
+      mesh=mesh, accum=accum, fsdp_rules=options.fsdp_rules,
+      fsdp_min_size=options.fsdp_min_size,
   )
-  key = jax.random.key(seed)
-  wanted = jax.eval_shape(draw, key)
-  places = sharding.state_sharding(
-      wanted, mesh, rules=options.fsdp_rules, min_size=options.fsdp_min_size
+
+
+def _open_saver(workdir, feed, files, options, config) -> Saver:
+  directory = options.checkpoint_dir or f"{workdir.rstrip('/')}/checkpoints"
+  best = None
+  if options.best_metric is not None:
+    best = checkpoint.Checkpoints(
+        f"{directory}/best", keep=options.keep_best, best_mode=options.best_mode
+    )
+  latest = checkpoint.Checkpoints(
+      directory, keep=options.keep, keep_every_steps=options.keep_every_steps
   )
-  if step is None:
-    return jax.jit(draw, out_shardings=places)(key), {}
-  wanted = jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-      wanted, places,
+  return Saver(
+      latest, best, feed=feed, files=files, config=config,
+      every_steps=options.checkpoint_every_steps,
+      every_minutes=options.checkpoint_every_minutes,
+      max_failed=options.max_failed_saves,
   )
-  return saver.restore(step, wanted)
+
+
+def _mfu(options: LoopOptions, mesh: Mesh) -> watch.Mfu:
+  return watch.Mfu(options.flops_per_volume, options.batch_size, mesh.devices.flatten())
 
 
 def _restore_evaluators(evaluators, workdir: pathlib.Path) -> None:
@@ -376,14 +447,6 @@ def _restore_evaluators(evaluators, workdir: pathlib.Path) -> None:
   for evaluator, _ in evaluators.values():
     if hasattr(evaluator, "restore"):
       evaluator.restore(lines)
-
-
-def _compiled_step(objective, optimizer, augment, options, state, mesh):
-  step = make_train_step(objective, optimizer, augment=augment, accum=options.accum)
-  places = jax.tree.map(lambda leaf: leaf.sharding, state)
-  return jax.jit(
-      step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh))
-  )
 
 
 def _scalars(
@@ -417,103 +480,16 @@ def option_faults(options: Mapping[str, Any]) -> list[str]:
           "total_steps", "batch_size", "accum", "log_every_steps", "keep",
           "keep_best", "checkpoint_every_steps", "keep_every_steps",
           "early_stop_patience", "validation_batches", "max_skipped_in_row",
-          "profile_steps",
+          "max_failed_saves", "profile_steps",
       )
       if options.get(name, 1) < 1
   ]
   if not options.get("checkpoint_every_minutes", 1.0) > 0:
     minutes = options["checkpoint_every_minutes"]
     faults.append(f"checkpoint_every_minutes {minutes} must be positive")
+  faults += fit.fit_faults(options.get("fit", "off"), options.get("memory_gib"))
   return faults + [
       f"{name} {options[name]!r} is not max or min"
       for name in ("best_mode", "early_stop_mode")
       if options.get(name, "max") not in ("max", "min")
   ]
-
-
-class _Saver:
-  """Knows when to save, what belongs to a checkpoint, and which is the best."""
-
-  def __init__(
-      self,
-      workdir: str,
-      feed: watch.Feed,
-      files: workdir_lib.Files,
-      options: LoopOptions,
-      config: Mapping[str, Any],
-  ):
-    self.directory = options.checkpoint_dir or f"{workdir.rstrip('/')}/checkpoints"
-    self._feed, self._files = feed, files
-    self._options, self._config = options, config
-    self._latest = checkpoint.Checkpoints(
-        self.directory, keep=options.keep, keep_every_steps=options.keep_every_steps
-    )
-    self._best = None
-    if options.best_metric is not None:
-      self._best = checkpoint.Checkpoints(
-          f"{self.directory}/best", keep=options.keep_best, best_mode=options.best_mode
-      )
-    self.resumed = False
-    self._saved_at = time.monotonic()
-
-  def latest_step(self) -> int | None:
-    return self._latest.latest_step()
-
-  def folders(self) -> dict[str, str]:
-    """Returns the folders of the latest and of the best checkpoint."""
-    found = {"checkpoint": f"{self.directory}/{self._latest.latest_step()}"}
-    if self._best is not None and self._best.best_step() is not None:
-      found["best"] = f"{self.directory}/best/{self._best.best_step()}"
-    return found
-
-  def restore_place(self, step: int) -> None:
-    self._latest.restore_place(step, self._feed)
-
-  def restore(self, step: int, wanted: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    restored = self._latest.restore(step, wanted)
-    if self._best is not None:
-      self._best.drop_after(step)
-    self.resumed = True
-    return restored
-
-  def due(self, step: int) -> bool:
-    """Says whether a checkpoint is due by the number of steps."""
-    every = self._options.checkpoint_every_steps
-    return bool(every) and step % every == 0
-
-  def late(self) -> bool:
-    """Says whether a checkpoint is due by the clock of this process."""
-    minutes = self._options.checkpoint_every_minutes
-    return minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
-
-  def save(self, step: int, state: TrainState, extra: Mapping[str, Any]) -> None:
-    # A checkpoint says that all lines up to it are written.
-    self._files.flush()
-    self._latest.save(
-        step, state, config=self._config, extra=extra, iterator=self._feed
-    )
-    self._saved_at = time.monotonic()
-
-  def save_best(
-      self, step: int, state: TrainState, extra: Mapping[str, Any], metric: float
-  ) -> None:
-    if self._best.would_keep(metric):
-      self._best.save(
-          step, state, config=self._config, extra=extra, iterator=self._feed,
-          metric=metric,
-      )
-
-  def wait(self) -> None:
-    for checkpoints in (self._latest, self._best):
-      if checkpoints is not None:
-        checkpoints.wait()
-
-  def abandon(self) -> None:
-    for checkpoints in (self._latest, self._best):
-      if checkpoints is not None:
-        checkpoints.abandon()
-
-  def close(self) -> None:
-    for checkpoints in (self._latest, self._best):
-      if checkpoints is not None:
-        checkpoints.close()

@@ -1,6 +1,7 @@
 """Numbers and figures of a run, from (sum, weight) on the device to its workdir."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+import contextlib
 import json
 import math
 import os
@@ -19,7 +20,10 @@ import tqdm
 from vjepa_jax.train import workdir as workdir_lib
 
 # What differs between two equal runs: a resume is not compared by these.
-TIMING_KEYS = ("volumes_per_s", "tokens_per_s", "data_wait", "peak_bytes", "compiles")
+TIMING_KEYS = (
+    "volumes_per_s", "tokens_per_s", "step_ms", "mfu", "data_wait", "peak_bytes",
+    "compiles", "failed_saves",
+)
 
 Sums = dict[str, tuple[float, float]]
 
@@ -101,6 +105,7 @@ class Writer:
     """
     self._active = jax.process_index() == 0
     self._events = self._wandb = self._bar = None
+    self._pending, self._in_trouble = "", False
     if not self._active:
       return
     self.workdir = pathlib.Path(workdir)
@@ -124,15 +129,32 @@ class Writer:
         name: value if math.isfinite(value) else None
         for name, value in scalars.items()
     }
-    with self._path.open("a") as file:
-      file.write(json.dumps({"step": step, **line}) + "\n")
-      file.flush()
+    self._pending += json.dumps({"step": step, **line}) + "\n"
+    if error := self._write_pending():
+      if not self._in_trouble:
+        self.say(
+            f"step {step}: {self._path}: {error}; lines are kept in memory and written "
+            "once there is room"
+        )
+    elif self._in_trouble:
+      self.say(f"step {step}: {self._path}: written again, no line is lost")
+    self._in_trouble = bool(error)
     if self._events:
-      for name, value in scalars.items():
-        self._events.add_scalar(name.replace(".", "/"), value, step)
-      self._events.flush()
+      self._add_events(lambda events: [
+          events.add_scalar(name.replace(".", "/"), value, step)
+          for name, value in scalars.items()
+      ])
     if self._wandb:
       self._wandb.log({"global_step": step, **scalars})
+
+  def flush(self) -> None:
+    """Returns once every line is in the file.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    if error := self._write_pending():
+      raise error
 
   def figure(self, step: int, name: str, image: np.ndarray) -> None:
     """Writes figures/NAME_STEP.png.
@@ -154,9 +176,14 @@ class Writer:
       )
     path = self.workdir / "figures" / f"{name}_{step:07d}.png"
     encoded = cv2.imencode(".png", image[..., ::-1])[1]
-    workdir_lib.write_bytes(path, encoded.tobytes())
+    try:
+      workdir_lib.write_bytes(path, encoded.tobytes())
+    except OSError as error:
+      self.say(f"step {step}: a figure is not written: {error}")
     if self._events:
-      self._events.add_image(name.replace(".", "/"), image, step, dataformats="HWC")
+      self._add_events(lambda events: events.add_image(
+          name.replace(".", "/"), image, step, dataformats="HWC"
+      ))
     if self._wandb:
       import wandb  # pylint: disable=g-import-not-at-top
 
@@ -193,10 +220,47 @@ class Writer:
     """Flushes everything."""
     if self._bar is not None:
       self._bar.close()
+    if self._active and (error := self._write_pending()):
+      self.say(f"{self._path}: the last lines are not written: {error}")
     if self._events:
-      self._events.close()
+      self._end_events() if self._in_trouble else self._events.close()
     if self._wandb:
       self._wandb.finish()
+
+  def _write_pending(self) -> OSError | None:
+    """Appends the lines that are not in the file yet: all of them, or none."""
+    if not self._pending:
+      return None
+    size = self._path.stat().st_size if self._path.exists() else 0
+    try:
+      with self._path.open("a") as file:
+        file.write(self._pending)
+    except OSError as error:
+      with contextlib.suppress(OSError):
+        os.truncate(self._path, size)
+      return error
+    self._pending = ""
+    return None
+
+  def _add_events(self, add: Callable[[Any], Any]) -> None:
+    """Hands numbers or an image to TensorBoard, until its file cannot be written."""
+    worker = self._events.file_writer.event_writer._worker
+    try:
+      # Its thread ends at the first error, and handing over would then wait for ever.
+      if not worker.is_alive():
+        raise OSError("its thread has ended")
+      add(self._events)
+      self._events.flush()
+    except OSError as error:
+      self.say(f"{self.workdir}: no TensorBoard events from here on: {error}")
+      self._end_events()
+
+  def _end_events(self) -> None:
+    """Lets go of TensorBoard without waiting for what cannot be written."""
+    writer = self._events.file_writer.event_writer
+    writer._event_queue.cancel_join_thread()
+    writer._closed = True  # else it writes once more when the process ends
+    self._events = None
 
 
 def format_line(step: int, total_steps: int, scalars: Mapping[str, float]) -> str:
@@ -250,7 +314,10 @@ def _open_events(workdir: pathlib.Path, restored_step: int):
         "(pip install 'vjepa_jax[tensorboard]'); metrics.jsonl has the same numbers"
     )
     return None
-  return tensorboardX.SummaryWriter(str(workdir), purge_step=restored_step + 1)
+  # Room for all of a step: what is full makes the loop wait.
+  return tensorboardX.SummaryWriter(
+      str(workdir), purge_step=restored_step + 1, max_queue=1000
+  )
 
 
 def _open_wandb(

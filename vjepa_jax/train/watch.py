@@ -1,11 +1,12 @@
 """What the loop watches beside the step: data, time, memory, compilations, signals."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import concurrent.futures
 import contextlib
 import copy
 import functools
 import pathlib
+import re
 import resource
 import signal
 import sys
@@ -17,6 +18,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from vjepa_jax.compiler import chips
 from vjepa_jax.train import metrics as metrics_lib
 from vjepa_jax.train.checkpoint import DataIterator
 
@@ -25,6 +27,8 @@ from vjepa_jax.train.checkpoint import DataIterator
 _IN_FLIGHT = 2
 _CLOSING_S = 10.0
 _COMPILED = "/jax/core/compile/backend_compile_duration"
+# Of a trace: once the steps of this process are compiled.
+SOON = -1
 
 
 class NonFiniteError(FloatingPointError):
@@ -173,8 +177,14 @@ class Window:
 class Clock:
   """Turns what passed since the last log line into rates."""
 
-  def __init__(self, feed: Feed):
-    self._feed = feed
+  def __init__(self, feed: Feed, mfu: Callable[[float], float | None] | None = None):
+    """Begins to count.
+
+    Args:
+      feed: whose waiting is part of the rates.
+      mfu: seconds a step -> share of the chips' peak, or None while it is not known.
+    """
+    self._feed, self._mfu = feed, mfu
     self._all_steps = self._compiles = 0
     self._restart()
 
@@ -197,10 +207,18 @@ class Clock:
     self._paused += time.perf_counter() - begin
 
   def rates(self, batch_size: int, tokens_per_volume: int | None) -> dict[str, float]:
-    """Returns the TIMING_KEYS since the last line, and begins the next."""
+    """Returns the TIMING_KEYS since the last line, and begins the next.
+
+    Time that was paused is no part of them. `mfu` is there where it is known.
+    """
     seconds = max(time.perf_counter() - self._begin - self._paused, 1e-9)
     volumes = self._steps * batch_size / seconds
     rates = {"volumes_per_s": volumes}
+    if self._steps:
+      rates["step_ms"] = 1e3 * seconds / self._steps
+      mfu = self._mfu and self._mfu(seconds / self._steps)
+      if mfu is not None:
+        rates["mfu"] = mfu
     if tokens_per_volume:
       rates["tokens_per_s"] = volumes * tokens_per_volume
     rates["data_wait"] = min((self._feed.waited - self._waited) / seconds, 1.0)
@@ -245,27 +263,104 @@ class Signals:
     self._before = {}
 
 
-class Profile:
-  """Writes one trace of a few steps into workdir/profile."""
+class Mfu:
+  """The share of the chips' peak that a run makes use of, where the chip is known."""
 
-  def __init__(self, workdir: pathlib.Path, from_step: int | None, steps: int):
+  def __init__(
+      self,
+      flops_per_volume: Callable[[], float] | None,
+      batch_size: int,
+      devices: Sequence[jax.Device],
+      chip: chips.Chip | None = None,
+  ):
+    """Begins to count the model's operations in a thread, where there is a use.
+
+    Args:
+      flops_per_volume: traces the model; None: not known.
+      batch_size: volumes a step on all devices.
+      devices: of the run.
+      chip: what they are; None: by their own name, which a CPU has not.
+    """
+    self._flops: float | None = None
+    self._batch_size = batch_size
+    chip = chip or chips.of_kind(devices[0].device_kind)
+    if chip is None or flops_per_volume is None:
+      return
+    self._peak = chip.bf16_flops * len(devices)
+
+    def count() -> None:
+      self._flops = flops_per_volume()
+
+    # Beside the compilation of the step, which needs no Python.
+    threading.Thread(target=count, name="flops", daemon=True).start()
+
+  def __call__(self, seconds_per_step: float) -> float | None:
+    """Returns model FLOP/s over peak; None where or while it is not known."""
+    if self._flops is None:
+      return None
+    return self._flops * self._batch_size / seconds_per_step / self._peak
+
+
+class Profile:
+  """Writes one trace of a few steps into workdir/profile, for TensorBoard or xprof."""
+
+  def __init__(
+      self, workdir: pathlib.Path, from_step: int | None, steps: int, begin: int = 0
+  ):
+    """Traces nothing yet.
+
+    Args:
+      workdir: local folder.
+      from_step: steps taken when the trace begins; SOON; None: no trace.
+      steps: length of the trace.
+      begin: steps taken when this process begins.
+    """
     self._path = str(workdir / "profile")
-    self._from, self._to = from_step, (from_step or 0) + steps
+    # Two steps have compiled all there is.
+    self._from = begin + 2 if from_step == SOON else from_step
+    self._to = (self._from or 0) + steps
     self._running = False
 
-  def at(self, step: int) -> None:
-    """To be called before each step; begins and ends the trace."""
+  def at(self, step: int, done: Any = None) -> None:
+    """To be called before each step; begins and ends the trace.
+
+    Args:
+      step: steps taken.
+      done: arrays that the trace waits for before it begins or ends.
+    """
     if step == self._from:
+      jax.block_until_ready(done)
       jax.profiler.start_trace(self._path)
       self._running = True
     elif self._running and step >= self._to:
+      jax.block_until_ready(done)
       self.close()
 
   def close(self) -> None:
     """Ends the trace if it is running."""
     if self._running:
-      jax.profiler.stop_trace()
       self._running = False
+      jax.profiler.stop_trace()
+
+
+def profile_span(text: str) -> tuple[int, int]:
+  """Reads which steps to trace: `A:B` those after A up to B, `N` so many, soon.
+
+  Returns:
+    (from_step, steps) of `Profile`.
+
+  Raises:
+    ValueError: it is neither.
+  """
+  found = re.fullmatch(r"(?:(\d+):)?(\d+)", text.strip())
+  first = SOON if found is None or found[1] is None else int(found[1])
+  steps = int(found[2]) - max(first, 0) if found else 0
+  if steps < 1:
+    raise ValueError(
+        f"{text!r}: wanted A:B with A < B (the steps after A up to B), or N (so many "
+        "steps, once all is compiled)"
+    )
+  return first, steps
 
 
 def peak_bytes() -> int:
@@ -276,6 +371,11 @@ def peak_bytes() -> int:
     return max(peaks)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == "darwin" else peak * 1024
+
+
+def stop_alone(unused_step: int, received: int) -> int:
+  """Says by which signal a run of one process stops: the one that it got."""
+  return received
 
 
 def agree(flag: bool) -> bool:

@@ -6,6 +6,7 @@ a run writes into a local folder as ever, and a thread copies what has changed.
 
 from collections.abc import Callable, Sequence
 import logging
+import math
 import os
 import pathlib
 import random
@@ -213,21 +214,28 @@ class Files:
       self._error = WorkdirError(_given_up(self._target, seconds, self._trouble))
       raise self._error
 
-  def flush(self) -> None:
-    """Returns once all that was written is in the workdir.
+  def flush(self, *, patience_s: float = math.inf) -> bool:
+    """Returns True once all that was written is in the workdir.
+
+    Args:
+      patience_s: how long the bucket may give trouble before this returns False.
 
     Raises:
       WorkdirError: as `check`.
     """
     if self._target is None:
-      return
+      return True
+    begin = time.monotonic()
     with self._changed:
       self._asked += 1
       mine = self._asked
       self._changed.notify_all()
       while self._done < mine:
         self.check()
+        if self._trouble and time.monotonic() - begin > patience_s:
+          return False
         self._changed.wait(timeout=0.5)
+    return True
 
   def close(self) -> None:
     """Flushes, unless the bucket is known to be lost, and ends the copying.

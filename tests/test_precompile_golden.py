@@ -1,0 +1,71 @@
+"""The full configs keep their bytes and their estimated time, by the compiler's word.
+
+UPDATE_GOLDEN=1 python -m pytest tests/test_precompile_golden.py
+
+rewrites tests/golden/precompile, after a change that means to move them.
+"""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden" / "precompile"
+TOPOLOGY = "v4:2x2x4"
+# name of the golden file -> FILE:ARG; a later system adds its own full configs.
+CONFIGS = {
+    "oct_multi_B": "configs/oct_multi.py",
+    "oct_multi_L": "configs/oct_multi.py:L",
+    "oct_multi_H": "configs/oct_multi.py:H",
+}
+KEPT = ("peak_gib_per_chip", "step_ms_bound")
+TOLERANCE = 0.03
+# Also written, to be read by people; they follow from the two above.
+TOLD = (
+    "config", "topology", "batch_per_chip", "temp_gib", "argument_gib", "non_kernel_ms",
+    "kernel_ms", "mfu_bound", "model_tflop_per_step", "collective_bytes", "versions",
+    "label",
+)
+
+
+def compiled(config):
+  done = subprocess.run(
+      [
+          sys.executable, "-m", "vjepa_jax.precompile", f"--config={config}",
+          f"--topology={TOPOLOGY}", "--json", "--max_batch=false",
+      ],
+      cwd=ROOT, capture_output=True, text=True,
+      env={k: v for k, v in os.environ.items() if not k.startswith(("TPU", "XLA"))},
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def results():
+  # Two at a time: one compilation keeps about one core busy.
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    yield {name: pool.submit(compiled, config) for name, config in CONFIGS.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_full_config_keeps_its_bytes_and_its_time(results, name):
+  found, path = results[name].result(), GOLDEN / f"{name}.json"
+  if os.environ.get("UPDATE_GOLDEN"):
+    kept = {key: found[key] for key in (*KEPT, *TOLD)}
+    path.write_text(json.dumps(kept, indent=2) + "\n")
+  golden = json.loads(path.read_text())
+  assert not found["unknown_kernels"] and not found["unknown_loops"]
+  assert found["versions"]["libtpu"] == golden["versions"]["libtpu"], (
+      "another compiler estimates otherwise; install the one that setup.py pins"
+  )
+  for key in KEPT:
+    assert found[key] == pytest.approx(golden[key], rel=TOLERANCE), (
+        f"{key} has moved; where that is meant, UPDATE_GOLDEN=1 rewrites {path.name}"
+    )
