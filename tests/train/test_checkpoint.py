@@ -156,6 +156,21 @@ def test_the_place_of_the_data_is_kept(tmp_path):
   np.testing.assert_array_equal(next(other)["volume"], expected["volume"])
 
 
+def test_the_place_of_the_data_is_found_by_another_number_of_processes(tmp_path):
+  iterator = toy.iterator(rows=4)
+  next(iterator)
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, state_of(), config=CONFIG, iterator=iterator)
+  checkpoints.wait()
+  (written,) = (tmp_path / "1" / "data").glob("process_*")
+  for number in range(4):
+    (written.parent / f"process_{number}-of-4.json").write_bytes(written.read_bytes())
+  written.unlink()
+  other = toy.iterator(rows=4)
+  checkpoints.restore_place(1, other)
+  np.testing.assert_array_equal(next(other)["volume"], next(iterator)["volume"])
+
+
 def test_donating_the_state_while_it_is_saved_does_no_harm(tmp_path):
   step = jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)
   checkpoints = Checkpoints(tmp_path, keep=None)

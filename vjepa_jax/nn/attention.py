@@ -47,9 +47,10 @@ def attend(
     impl: "xla" holds the scores [Nq, Nk]; "chunked" never holds more than a
       block of chunk x chunk of them, forward or backward (online softmax:
       Dao et al. 2022, arXiv:2205.14135), at the price of computing them again;
-      "splash" and "cudnn" do the same in kernels for TPU and NVIDIA GPUs; "auto"
-      is the one for the devices that this process has.
-    chunk: queries and keys of a block, for "chunked".
+      "rows" holds the scores of whole rows of queries, as many as a CPU's cache
+      holds; "splash" and "cudnn" are kernels for TPU and NVIDIA GPUs; "auto" is the
+      one for the devices that this process has.
+    chunk: queries and keys of a block, for "chunked" and "rows".
 
   Raises:
     ValueError: for an unknown impl, shapes that do not agree, or chunk < 1.

@@ -10,8 +10,8 @@ import functools
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vjepa_jax.objectives.base import Metrics, Objective
 from vjepa_jax.train import sharding
