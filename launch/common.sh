@@ -395,6 +395,7 @@ the others get $GRACE s to end too"
       esac
     else
       trouble=$((trouble + 1))
+      [[ $pool != READY ]] || pool=$(grep . "$SCRATCH/trouble" | tail -n 1 || true)
       say "no answer ($trouble of $PATIENCE): ${pool#WAIT }"
       ((trouble < PATIENCE)) || die "no answer for $PATIENCE times, the run may be \
 alive; $REACH; then: ${0##*/} babysit"
@@ -430,7 +431,8 @@ ${STEP:-unknown}; the same command goes on from the last checkpoint"
     UNMADE="it could not be made anew"
     ! (pool_recover && count_workers && start_all) || UNMADE=
   else
-    (QUIET=1 on_all stop "$GRACE" && start_all) || say "could not start; looking again"
+    (QUIET=1 on_all stop "$GRACE" again && start_all) ||
+      say "could not start; looking again"
   fi
 }
 

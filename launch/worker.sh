@@ -276,9 +276,10 @@ status() {
   this_log | tail -n "$1" | cut -c1-200 | sed 's/^/| /' || true
 }
 
-# stop SECONDS: SIGTERM, so that it saves; SIGKILL after so long.
+# stop SECONDS [again]: SIGTERM, so that it saves; SIGKILL after so long. With `again`
+# a new start follows: should that fail, nobody takes it for stopped by hand.
 stop() {
-  touch stopped
+  [[ ${2:-} == again ]] || touch stopped
   if ! alive; then
     echo "nothing runs"
     return

@@ -196,6 +196,8 @@ def format_table(result: Mapping[str, Any]) -> str:
     rows += [("kernel", f"{k['ms']:8.2f} ms x{k['trips']:<4} {k['name']}")
              for k in r["kernels"]]
     rows += [("NOT COUNTED", f"kernel {name}") for name in r["unknown_kernels"]]
+    rows += [("NOT COUNTED", f"{o['mib']:8.1f} MiB x{o['trips']:<4} {o['name']} "
+              f"{o['result']} {o['op_name'][-60:]}") for o in r["unknown_ops"]]
     rows += [("COUNTED ONCE", f"loop {name}") for name in r["unknown_loops"]]
     rows += [("operation", f"{o['ms']:8.2f} ms x{o['trips']:<4} {o['name']} {o['result']} "
               f"{o['op_name'][-60:]}") for o in r["largest_ops"]]
@@ -239,7 +241,10 @@ def _nothing_known() -> dict[str, Any]:
       "non_kernel_ms", "kernel_ms", "step_ms_bound", "mfu_bound", "collective_bytes",
       "collective_ms",
   )
-  lists = ("largest_ops", "kernels", "unknown_kernels", "unknown_loops", "remedies")
+  lists = (
+      "largest_ops", "kernels", "unknown_kernels", "unknown_ops", "unknown_loops",
+      "remedies",
+  )
   return dict.fromkeys(unknown) | {name: [] for name in lists}
 
 
@@ -256,7 +261,8 @@ def _cost(
       "collective_bytes": {k: int(v) for k, v in cost.collective_bytes.items()},
       "collective_ms": cost.collective_ms and round(cost.collective_ms, 3),
       "largest_ops": cost.largest_ops, "kernels": cost.kernels,
-      "unknown_kernels": cost.unknown_kernels, "unknown_loops": cost.unknown_loops,
+      "unknown_kernels": cost.unknown_kernels, "unknown_ops": cost.unknown_ops,
+      "unknown_loops": cost.unknown_loops,
   }
 
 
@@ -265,10 +271,12 @@ def _remedies(plain: Mapping[str, Any], slice_: topology.Topology) -> list[str]:
   train, chips = plain["train"], slice_.chips
   rows, accum = train["batch_size"], train.get("accum", 1)
   found = []
-  if rows // accum > chips:
+  shares = chips // train.get("mesh_sequence", 1)
+  smaller = [n for n in range(accum + 1, rows // shares + 1) if rows % (n * shares) == 0]
+  if smaller:
     found.append(
-        f"train.accum={2 * accum} halves what a step holds of a batch, at the same "
-        "global batch (or train.fit=auto chooses it)"
+        f"train.accum={smaller[0]} (is {accum}) holds {rows // smaller[0] // shares} "
+        "rows a chip at a time, at the same global batch (or train.fit=auto chooses it)"
     )
   kept = {
       name: section["remat"] for name, section in (
@@ -278,9 +286,9 @@ def _remedies(plain: Mapping[str, Any], slice_: topology.Topology) -> list[str]:
   }
   found += [f"{name}.remat=full (is {value}) computes more and keeps less"
             for name, value in kept.items()]
-  if train.get("mesh_fsdp", 1) < chips:
+  if train.get("mesh_fsdp", 1) < shares:
     found.append(
-        f"train.mesh_fsdp={chips} (is {train.get('mesh_fsdp', 1)}) splits parameters, "
+        f"train.mesh_fsdp={shares} (is {train.get('mesh_fsdp', 1)}) splits parameters, "
         "moments and EMA over all chips"
     )
   if rows > chips:

@@ -23,8 +23,15 @@ ENTRY %main (x: f32[2,4]) -> f32[2,4] {
 
 
 def test_an_array_with_two_axes_of_tokens_is_found():
-  assert memory.squares(TEXT, 512) == ["bf16[1, 512, 512]"]
-  assert memory.squares(TEXT, 768) == []
+  assert memory.squares(TEXT, {512, 300}) == ["bf16[1, 512, 512]"]
+  assert memory.squares(TEXT, {768}) == []
+
+
+def test_lengths_are_those_of_encoders_and_predictor():
+  masks = {"a": dict(context=0.25, target=0.5), "b": dict(context=0.05, target=0.7)}
+  assert memory.lengths({"objective": {"masks": masks}}, 9216) == {
+      9216, 2304, 6912, 461 + 6451, 54 * 128
+  }
 
 
 @pytest.mark.slow

@@ -104,6 +104,16 @@ def test_cycles_count_as_often_as_they_are_spent(module):
   assert first["op_name"] == "jit(step)/mlp/fc1"
 
 
+def test_large_operations_without_an_estimate_are_named():
+  assert estimate.cost(TEXT, chips.TPUS["v4"]).unknown_ops == []
+  text = TEXT.replace(
+      "  %x.1 = ", "  %wide = f32[49152,768]{1,0:T(8,128)} fusion(%x.1), kind=kCustom\n"
+      "  %sent.1 = f32[49152,768]{1,0:T(8,128)} copy-done(%wide)\n  %x.1 = ",
+  )
+  (found,) = estimate.cost(text, chips.TPUS["v4"]).unknown_ops
+  assert (found["name"], found["mib"]) == ("wide", 144.0)
+
+
 def test_a_kernel_is_told_from_a_fusion_that_mentions_one(module):
   found, unknown = kernels.find(module)
   assert [kernel.name for kernel in found] == ["splash_mha_fwd_residuals.1"]

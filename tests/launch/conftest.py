@@ -92,7 +92,7 @@ def until():
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory):
-  """The code as it is now: others may edit it while the tests run."""
+  """The code as it is now: an edit while the tests run changes no hash."""
   copy = tmp_path_factory.mktemp("repository") / "code"
   ignored = shutil.ignore_patterns(
       ".*", "__pycache__", "*.egg-info", "runs", "tests", "docs", "build", "dist"

@@ -249,6 +249,19 @@ def test_a_run_that_was_stopped_by_hand_stays_stopped(pod, until):
   assert not pod.pids()
 
 
+def test_a_stop_before_a_new_start_is_not_taken_for_one_by_hand(pod, until):
+  pod("run", *toy(pod, "--codes=76"))
+  until(lambda: (pod.folder(0) / "exit_code").exists())
+  verb = lambda *words: subprocess.run(
+      ["bash", pod.folder(0) / "worker.sh", *words], text=True, capture_output=True,
+      check=True, env={**pod.environment, "VJEPA_WORKER": "0"},
+  ).stdout
+  verb("stop", "5", "again")
+  assert "worker 0: state 76 step 5/5" in verb("state")
+  verb("stop", "5")
+  assert "worker 0: state stopped" in verb("state")
+
+
 def test_a_pre_empted_node_is_made_anew_and_the_run_goes_on(cloud, lines, until):
   flags = ("--queued", "--spot")
   cloud("create", *flags)

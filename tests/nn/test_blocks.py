@@ -99,6 +99,20 @@ def test_saving_attention_computes_less_again_than_full_remat(params, impl):
     assert none[1] + 1 == attention_only[1] < full[1]
 
 
+def test_auto_on_a_tpu_is_the_program_that_names_its_kernels(monkeypatch):
+  x = jax.ShapeDtypeStruct((1, 128, 128), jnp.bfloat16)
+
+  def program(impl):
+    stack = blocks.Stack(width=128, depth=1, heads=1, attention=impl, dtype="bfloat16")
+    params = jax.eval_shape(stack.init, jax.random.key(0), x)
+    traced = jax.jit(stack.apply).trace(params, x)
+    return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+  named = program("splash")
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  assert program("auto") == named
+
+
 def test_drop_path_draws_in_training_only(params):
   stack = make(drop_path=0.5)
 

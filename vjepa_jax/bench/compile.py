@@ -68,13 +68,12 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     common.emit(once(config_lib.as_plain(given.config), given.topology))
     return
-  arguments = [word for word in sys.argv[1:] if not word.startswith("--repeats")]
   first, again = [], []
   for _ in range(given.repeats):
     with tempfile.TemporaryDirectory() as cache:
-      first.append(fresh(arguments, cache))
+      first.append(fresh(sys.argv[1:], cache))
       if not given.topology:  # What is not there to run is not kept either.
-        again.append(fresh(arguments, cache))
+        again.append(fresh(sys.argv[1:], cache))
   wall = lambda runs: [run["lower_s"] + run["compile_s"] for run in runs]
   children = resource.getrusage(resource.RUSAGE_CHILDREN)
   common.emit(common.line(

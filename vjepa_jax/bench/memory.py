@@ -7,7 +7,7 @@ bytes for each number of tokens, their ratios, and arrays that hold two axes of 
 volume's tokens (there should be none). Needs no TPU (vjepa_jax[precompile]).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import sys
 import time
 from typing import Any
@@ -20,6 +20,7 @@ from vjepa_jax import config as config_lib
 from vjepa_jax.bench import common
 from vjepa_jax.compiler import estimate, hlo, topology
 from vjepa_jax.config import programs
+from vjepa_jax.volumes import masks
 
 DEPTHS = (32, 64, 128, 256)
 
@@ -40,8 +41,8 @@ def measure(
     batch_per_chip: volumes a chip, the same at each depth.
 
   Returns:
-    tokens, peak_gib, ratios (peak over the one before), squares (shapes with two
-    axes of tokens, with the number of tokens), compile_s; a list each.
+    tokens, peak_gib, ratios (peak over the one before), squares (arrays with two
+    axes of tokens), compile_s; a list each.
   """
   found: dict[str, list[Any]] = {
       key: [] for key in ("tokens", "peak_gib", "ratios", "squares", "compile_s")
@@ -61,16 +62,30 @@ def measure(
     last = peak
     found["tokens"].append(tokens)
     found["peak_gib"].append(estimate.gib(peak))
-    found["squares"] += squares(compiled.as_text(), tokens)
+    found["squares"] += squares(compiled.as_text(), lengths(plain, tokens))
     print(f"{tokens} tokens: {estimate.gib(peak)} GiB a chip", file=sys.stderr)
   return found
 
 
-def squares(text: str, tokens: int) -> list[str]:
-  """Returns the arrays of a compiled program with two axes of `tokens`."""
+def lengths(plain: Mapping[str, Any], tokens: int) -> set[int]:
+  """Returns how many tokens attend to each other in the parts of a config's step.
+
+  All of a volume's, each mask group's visible ones and, in its predictor, visible and
+  hidden ones; each also rounded up to a kernel's block. Lengths below an eighth of
+  all are left out: they could be a width, and their squares are small.
+  """
+  found = {tokens}
+  for options in plain["objective"].get("masks", {}).values():
+    seen = masks.count(options["context"], tokens)
+    found |= {seen, seen + masks.count(options["target"], tokens)}
+  return {m for n in found if 8 * n >= tokens for m in (n, -(-n // 128) * 128)}
+
+
+def squares(text: str, lengths: Collection[int]) -> list[str]:
+  """Returns the arrays of a compiled program with two axes of so many tokens."""
   return sorted({
       f"{array.dtype}{list(array.shape)}" for array in hlo.Module(text).arrays()
-      if sum(size == tokens for size in array.shape) > 1
+      if sum(size in lengths for size in array.shape) > 1
   })
 
 

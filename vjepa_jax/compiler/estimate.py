@@ -7,8 +7,14 @@ from typing import Any
 
 from vjepa_jax.compiler import kernels
 from vjepa_jax.compiler.chips import GIB, Chip
-from vjepa_jax.compiler.hlo import Module
+from vjepa_jax.compiler.hlo import COLLECTIVES, Module, arrays
 
+# What moves nothing by itself, or goes on behind other work.
+_FREE = (
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "call",
+    "conditional", "custom-call", *COLLECTIVES,
+)
+_NOTICED = 2**20  # bytes of a result
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
 
@@ -49,7 +55,8 @@ class Cost:
   """The time of a step as the compiler and the kernels' model have it.
 
   Attributes:
-    non_kernel_ms: estimated cycles of everything but custom kernels.
+    non_kernel_ms: estimated cycles of everything but custom kernels; operations to
+      which the compiler gives no estimate count as nothing.
     kernel_ms: of `kernels.milliseconds`.
     collective_ms: bytes over the chip's links, were nothing hidden behind work; not
       in the two above.
@@ -57,6 +64,8 @@ class Cost:
     largest_ops: the operations that take longest: ms, trips, name, op_name, result.
     kernels: one entry a kernel: name, trips, ms.
     unknown_kernels: custom calls whose time no number here holds.
+    unknown_ops: operations without an estimate that write a MiB or more: name, trips,
+      mib (of all trips), op_name, result.
     unknown_loops: loops that count once since their length is not in the text.
   """
 
@@ -67,6 +76,7 @@ class Cost:
   largest_ops: list[dict[str, Any]]
   kernels: list[dict[str, Any]]
   unknown_kernels: list[str]
+  unknown_ops: list[dict[str, Any]]
   unknown_loops: list[str]
 
   @property
@@ -139,6 +149,7 @@ def cost(text: str, chip: Chip, *, top: int = 20) -> Cost:
           for k in found
       ],
       unknown_kernels=unknown,
+      unknown_ops=_without_estimate(module),
       unknown_loops=list(module.unknown_loops),
   )
 
@@ -146,6 +157,23 @@ def cost(text: str, chip: Chip, *, top: int = 20) -> Cost:
 def gib(count: float) -> float:
   """Returns bytes as GiB, rounded to what is worth comparing."""
   return round(count / GIB, 3)
+
+
+def _without_estimate(module: Module) -> list[dict[str, Any]]:
+  """Returns the operations that no estimate holds, what writes most first."""
+  found = []
+  for run in module.runs:
+    one = run.instruction
+    waits = one.opcode.endswith(("-start", "-done"))
+    if one.cycles is not None or waits or one.opcode in _FREE:
+      continue
+    size = sum(array.bytes for array in arrays(one.result))
+    if size >= _NOTICED:
+      found.append({
+          "mib": round(size * run.trips / 2**20, 1), "trips": run.trips,
+          "name": one.name, "op_name": one.op_name, "result": one.result.split("{")[0],
+      })
+  return sorted(found, key=lambda one: -one["mib"])
 
 
 def _traffic(module: Module) -> tuple[Mapping[str, float], float]:

@@ -59,8 +59,7 @@ def attend(
   _check_shapes(q, k, v, key_valid)
   if chunk < 1:
     raise ValueError(f"attention chunk={chunk} must be at least 1")
-  if impl == "auto":
-    impl = for_platform(jax.default_backend())
+  impl = of_process(impl)
   if impl == "auto":
     few = q.shape[2] * k.shape[2] <= _FEW_SCORES
     impl = "xla" if few else "rows"
@@ -84,6 +83,11 @@ def for_platform(platform: str) -> str:
   """
   _check_known("platform", platform, tuple(_OF_PLATFORM))
   return _OF_PLATFORM[platform]
+
+
+def of_process(impl: str) -> str:
+  """Returns `impl`, or what "auto" stands for on the devices of this process."""
+  return for_platform(jax.default_backend()) if impl == "auto" else impl
 
 
 class MultiHeadAttention(nn.Module):

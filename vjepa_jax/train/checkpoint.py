@@ -234,7 +234,7 @@ class Checkpoints:
   def check(self, step: int, share: tuple[int, int] = (0, 1)) -> None:
     """Reads the files of a step's state through and compares their checksums.
 
-    In a bucket, which keeps checksums itself, only sizes are compared.
+    Nothing is read in a bucket, which keeps checksums itself.
 
     Args:
       step: one of `all_steps`.

@@ -53,7 +53,8 @@ def choose(
     FitError: if one row a device is too much, or the memory is not known.
   """
   available = device_bytes(mesh, memory_gib)
-  limit = (1 - _MARGIN) * available
+  # All processes must choose alike: the fullest device of all decides.
+  limit = -watch.largest(-(1 - _MARGIN) * available)
   counts = candidates(batch_size, mesh, least)
   accum, needed, state = 0, None, 0
   for count in counts:
@@ -164,10 +165,9 @@ def _needed(program: Program, limit: float) -> float | None:
     # The next batch is on its way while a step runs.
     needed = float(memory.whole + _bytes_of(program.batch))
   except estimate.OutOfMemory as error:
-    needed = None if error.needed is None else max(float(error.needed), limit + 1)
-  if watch.agree(needed is None or needed > limit):
-    return None if needed is None else max(needed, limit + 1)
-  return needed
+    needed = math.inf if error.needed is None else max(float(error.needed), 1.001 * limit)
+  needed = watch.largest(needed)
+  return needed if math.isfinite(needed) else None
 
 
 def _bytes_of(tree: Any) -> int:

@@ -203,7 +203,9 @@ class Hosts:
     if self._line is None:
       return
     self._line.leave(0)
-    distributed.global_state.shutdown()
+    # All is saved: one that is lost on its way out is no fault of this one.
+    with contextlib.suppress(RuntimeError):
+      distributed.global_state.shutdown()
     self._line.close()
     if self._service is not None:
       self._service.communicate(coordination.DONE)

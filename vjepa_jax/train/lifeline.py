@@ -113,6 +113,10 @@ def host_processes(
       for peer in met:
         peer.send(refused=str(error), missing=isinstance(error, MissingError))
       raise
+    finally:
+      # A thread that waits in `accept` would keep the port open after `close`.
+      with contextlib.suppress(OSError):
+        server.shutdown(socket.SHUT_RDWR)
   for peer in peers.values():
     peer.send(go=told)
   return peers, told

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 import time
 from typing import Any
+import zlib
 
 import jax
 
@@ -88,12 +89,14 @@ class Saver:
       (program, state, extra), or None where nothing was ever saved.
 
     Raises:
-      CheckpointError: all are damaged (nothing is renamed then), or one is of
-        another model.
+      CheckpointError: all are damaged (nothing is renamed then), one is of another
+        model, or the processes do not see the same ones.
       WorkdirError: the bucket is out of reach.
     """
     damaged: list[checkpoint.DamagedError] = []
-    for step in reversed(self._latest.all_steps()):
+    steps = self._latest.all_steps()
+    self._check_shared(steps)
+    for step in reversed(steps):
       try:
         restored = self._read(step, build)
       except checkpoint.DamagedError as error:
@@ -146,16 +149,21 @@ class Saver:
   ) -> None:
     """Saves what is among the best; fails as `save` does."""
 
-    def act() -> None:
-      if self._best.would_keep(metric):
-        self._best.save(
-            step, state, config=self._config, extra=extra, iterator=self._feed,
-            metric=metric,
-        )
+    keep = False
+
+    def rank() -> None:
+      nonlocal keep
+      keep = self._best.would_keep(metric)
 
     # One at a time: what Orbax signals between its threads knows no folder.
     self._settle()
-    error = _caught(act)
+    error = _caught(rank)
+    # As in `save`: all processes take part, or none.
+    if not watch.agree(error is not None) and watch.agree(keep):
+      error = _caught(lambda: self._best.save(
+          step, state, config=self._config, extra=extra, iterator=self._feed,
+          metric=metric,
+      ))
     if watch.agree(error is not None):
       self._count(step, error)
 
@@ -198,6 +206,17 @@ class Saver:
 
   def _all(self) -> list[checkpoint.Checkpoints]:
     return [c for c in (self._latest, self._best) if c is not None]
+
+  def _check_shared(self, steps: list[int]) -> None:
+    """Refuses a folder in which the processes see different steps."""
+    # 24 bits, which float32 holds exactly.
+    digest = float(zlib.crc32(repr(steps).encode()) >> 8)
+    if watch.largest(digest) != -watch.largest(-digest):
+      raise checkpoint.CheckpointError(
+          f"{self.directory}: the processes see different checkpoints; process "
+          f"{jax.process_index()} sees {steps or 'none'}. Name a --workdir that all "
+          "machines share"
+      )
 
   def _read(
       self, step: int, build: Callable[[], Program]

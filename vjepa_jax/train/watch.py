@@ -197,7 +197,7 @@ class Clock:
     self._all_steps += 1
     new = compile_count() - before
     self._compiles += new
-    self.recompiled = new > 0 and self._all_steps > 2
+    self.recompiled |= new > 0 and self._all_steps > 2
 
   @contextlib.contextmanager
   def pause(self) -> Iterator[None]:
@@ -383,6 +383,13 @@ def agree(flag: bool) -> bool:
   if jax.process_count() == 1:
     return flag
   return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def largest(value: float) -> float:
+  """Returns the largest value of all processes; all of them must ask together."""
+  if jax.process_count() == 1:
+    return value
+  return float(np.max(multihost_utils.process_allgather(np.float32(value))))
 
 
 def compile_count() -> int:
