@@ -124,7 +124,9 @@ def main(argv: list[str]) -> None:
     if _PREFLIGHT.value:
       sys.exit(2 if try_run(config, workdir, _PREFLIGHT.value) else 0)
     train(config, workdir, together, profile=_PROFILE.value)
-  except SystemExit:
+  except SystemExit as end:
+    if end.code not in (None, 0, 130, 143):  # Those are the ends that all come to.
+      together.fail(end.code)
     together.close()
     raise
   except lifeline.MissingError as error:
@@ -160,6 +162,13 @@ def _join(config: Any, workdir: str) -> hosts.Hosts:
   together = hosts.start(
       place, facts, timeout_s=_START_TIMEOUT_S.value, lost_after_s=_LOST_AFTER_S.value
   )
+  if place is not None and jax.process_count() != place.processes:
+    print(
+        f"{place.processes} processes have met, but jax counts {jax.process_count()} "
+        "in this slice of devices: each would train alone. Start one process a host "
+        "of one pod, without --processes", file=sys.stderr, flush=True,
+    )
+    together.fail(2)
   if place is None or place.process == 0:
     print(hosts.summary(facts), flush=True)
   return together

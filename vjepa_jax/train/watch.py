@@ -14,6 +14,7 @@ import threading
 import time
 from typing import Any
 
+from absl import logging
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -289,7 +290,10 @@ class Mfu:
     self._peak = chip.bf16_flops * len(devices)
 
     def count() -> None:
-      self._flops = flops_per_volume()
+      try:
+        self._flops = flops_per_volume()
+      except Exception as error:  # A number for the log is no reason to end a run.
+        logging.warning("mfu is not known: %s: %s", type(error).__name__, error)
 
     # Beside the compilation of the step, which needs no Python.
     threading.Thread(target=count, name="flops", daemon=True).start()
