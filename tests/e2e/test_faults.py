@@ -95,7 +95,7 @@ def test_a_garbled_checkpoint_is_passed_over_and_the_run_ends_as_ever(
 
 
 def test_a_bucket_that_refuses_for_a_while_costs_one_checkpoint(
-    environment, unbroken, emulator
+    environment, unbroken, emulator, monkeypatch
 ):
   bucket = emulator.make_bucket()
   env = {**environment, **emulator.env}
@@ -106,7 +106,7 @@ def test_a_bucket_that_refuses_for_a_while_costs_one_checkpoint(
   assert "step 4: NOT SAVED, 1 of 3" in done.stdout
   assert "training goes on" in done.stdout and "Traceback" not in done.stderr
   for name, value in emulator.env.items():
-    os.environ[name] = value
+    monkeypatch.setenv(name, value)
   assert without_clock(f"{bucket}/run") == without_clock(unbroken)
 
 

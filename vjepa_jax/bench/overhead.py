@@ -21,11 +21,9 @@ import numpy as np
 
 from vjepa_jax import config as config_lib
 from vjepa_jax.bench import common
-from vjepa_jax.config import names, programs
+from vjepa_jax.config import programs
 from vjepa_jax.train import metrics as metrics_lib
 from vjepa_jax.train import sharding, watch
-from vjepa_jax.train.program import make_program
-from vjepa_jax.volumes import augment
 
 
 class Fixed:
@@ -122,27 +120,12 @@ def looper(
   return run
 
 
-def _program(plain: dict[str, Any], mesh: Any, wrap: Callable[[Any], Any]) -> Any:
-  lengths = dict(total_steps=10**6, steps_per_epoch=10**3)
-  train = plain["train"]
-  options = names.in_steps(
-      plain["optimizer"], names.parameters(config_lib.build_optimizer), **lengths
-  )
-  options |= {"batch_size": train["batch_size"], "total_steps": lengths["total_steps"]}
-  return make_program(
-      objective=wrap(config_lib.build_objective(plain, **lengths)),
-      optimizer=config_lib.build_optimizer(**options),
-      augment=augment.make_augment(**plain["augment"]),
-      batch=programs.batch_shapes(plain, train["batch_size"]),
-      mesh=mesh, accum=train.get("accum", 1),
-  )
-
-
 def measure(plain: dict[str, Any], repeats: int) -> Iterator[dict[str, Any]]:
   """Yields the benchmark's lines for a config, on a batch of noise."""
   train = plain["train"]
   mesh = programs.mesh_of(plain)
-  program, bare = (_program(plain, mesh, wrap) for wrap in (lambda o: o, WithoutAverage))
+  program = programs.step_program(plain, mesh)
+  bare = programs.step_program(plain, mesh, wrap=WithoutAverage)
   host = {k: np.ones(v.shape, v.dtype) for k, v in program.batch.items()}
   noise = np.random.default_rng(0).integers(0, 256, host["volume"].shape)
   host["volume"] = noise.astype(host["volume"].dtype)

@@ -19,8 +19,8 @@ import numpy as np
 
 from vjepa_jax import config as config_lib
 from vjepa_jax.bench import common
+from vjepa_jax.config import programs
 from vjepa_jax.train import program, sharding
-from vjepa_jax.volumes import augment
 
 DEVICES = 8
 _STEPS = dict(total_steps=1000, steps_per_epoch=10)
@@ -41,22 +41,13 @@ def random_batch(plain: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarra
 def make_run(plain: Mapping[str, Any], mesh: jax.sharding.Mesh) -> program.Program:
   """Builds the train step of a config on a mesh, without its data.
 
+  The warm-up is short, so that a difference between two runs can show in few steps.
+
   Args:
     plain: of `config.as_plain`.
     mesh: of `sharding.make_mesh`.
   """
-  train = plain["train"]
-  optimizer = config_lib.in_steps(plain["optimizer"], ("warmup_steps",), **_STEPS)
-  return program.make_program(
-      objective=config_lib.build_objective(plain, **_STEPS),
-      optimizer=config_lib.build_optimizer(
-          batch_size=train["batch_size"],
-          **{**optimizer, "total_steps": _STEPS["total_steps"]},
-      ),
-      augment=augment.make_augment(**plain["augment"]),
-      batch=random_batch(plain), mesh=mesh, accum=train.get("accum", 1),
-      fsdp_min_size=train.get("fsdp_min_size", 2**16),
-  )
+  return programs.step_program(plain, mesh, lengths=_STEPS)
 
 
 def measure(
@@ -110,8 +101,8 @@ def measure(
   )
 
 
-def state_share(state: Any, min_size: int) -> float:
-  """Returns the share of a state's bytes that the first device holds.
+def state_share(state: Any, min_size: int) -> float | None:
+  """Returns the share of a state's bytes that the first device holds; None of none.
 
   Args:
     state: tree of arrays.
@@ -122,7 +113,8 @@ def state_share(state: Any, min_size: int) -> float:
       if leaf.size >= min_size and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
   ]
   held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
-  return held / sum(leaf.nbytes for leaf in leaves)
+  whole = sum(leaf.nbytes for leaf in leaves)
+  return held / whole if whole else None
 
 
 def main(argv: list[str]) -> None:

@@ -1,6 +1,7 @@
 """From a config to the step that it trains with, on devices that need not be there."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -54,6 +55,8 @@ def step_program(
     platform: str | None = None,
     batch_size: int | None = None,
     accum: int | None = None,
+    lengths: Mapping[str, int] = MappingProxyType({}),
+    wrap: Callable[[Any], Any] = lambda objective: objective,
 ) -> program.Program:
   """Builds the step that `main` trains with, without data.
 
@@ -63,13 +66,15 @@ def step_program(
     platform: that attention is chosen for; None: this process's own.
     batch_size: of all chips; None: the config's.
     accum: micro-batches; None: the config's.
+    lengths: total_steps and steps_per_epoch, in place of the config's.
+    wrap: objective -> what is trained in its place.
 
   Raises:
     ValueError: for numbers that do not fit each other.
   """
   train = plain["train"]
   rows = batch_size or train["batch_size"]
-  steps = _steps(train)
+  steps = _steps(train) | lengths
   optimizer = names.in_steps(
       plain["optimizer"], names.parameters(units.build_optimizer), **steps
   )
@@ -78,7 +83,7 @@ def step_program(
       key: train[key] for key in ("fsdp_rules", "fsdp_min_size") if key in train
   }
   return program.make_program(
-      objective=units.build_objective(for_platform(plain, platform), **steps),
+      objective=wrap(units.build_objective(for_platform(plain, platform), **steps)),
       optimizer=units.build_optimizer(**optimizer),
       augment=augment.make_augment(**plain["augment"]),
       batch=batch_shapes(plain, rows),
