@@ -23,9 +23,9 @@ print("hits", found.count("/jax/compilation_cache/cache_hits"))
 
 def run(folder, cache, **env):
   env = {
+      **{k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"},
       "PYTHONPATH": os.getcwd(), "VJEPA_JAX_CACHE": str(cache),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      **{k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}, **env,
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **env,
   }
   done = subprocess.run(
       [sys.executable, "-c", PROGRAM, str(folder)], env=env, capture_output=True,
