@@ -95,15 +95,22 @@ def test_two_processes_equal_one_bit_for_bit(environment, plain, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count, first, last", [(2, 0.0, 0.0), (4, 3e-7, 1e-5)])
 def test_fifty_steps_of_several_processes_equal_those_of_one(
-    environment, plain, tmp_path, count
+    environment, plain, tmp_path, count, first, last
 ):
+  # Sums of two are equal bit for bit. Of four, gloo adds in another order than one
+  # process does: a unit in the last place, which training then carries on.
   steps = ["--config.train.total_steps=50", "--config.train.checkpoint_every_steps=50"]
   alone(environment, plain, tmp_path / "one", *steps, devices=count)
   together(environment, count, plain, tmp_path / "all", *steps)
-  assert sum("loss" in line for line in lines(tmp_path / "all")) == 50
-  assert lines(tmp_path / "all") == lines(tmp_path / "one")
+  one, several = lines(tmp_path / "one"), lines(tmp_path / "all")
+  assert sum("loss" in line for line in several) == 50
+  for wanted, found in zip(one, several, strict=True):
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+      limit = first if wanted["step"] <= 2 else last
+      assert found[key] == pytest.approx(value, rel=limit, abs=limit), (key, wanted)
 
 
 @pytest.mark.slow
