@@ -61,6 +61,7 @@ def precompile(
   Raises:
     ConfigError: if the config cannot run on so many chips.
     TopologyError: if there is no such topology, or no libtpu.
+    CompilerError: if the compiler fails by itself.
   """
   slice_ = topology.describe(topology_name)
   plain = config_lib.as_plain(config)
@@ -320,7 +321,9 @@ def main(argv: list[str]) -> None:
         max_batch=given.max_batch, top=given.top, keep_text=given.keep_text,
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
-  except (config_lib.ConfigError, topology.TopologyError) as error:
+  except (
+      config_lib.ConfigError, topology.TopologyError, estimate.CompilerError,
+  ) as error:
     print(error, file=sys.stderr, flush=True)
     sys.exit(2)
   print(json.dumps(result) if given.json else format_table(result), flush=True)

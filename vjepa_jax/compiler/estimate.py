@@ -19,6 +19,10 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
 
 
+class CompilerError(RuntimeError):
+  """The compiler failed, not for want of memory."""
+
+
 class OutOfMemory(Exception):
   """A program that the compiler refuses.
 
@@ -90,6 +94,7 @@ def compile_lowered(lowered: Any) -> Any:
 
   Raises:
     OutOfMemory: where the compiler finds that it does not fit.
+    CompilerError: where it fails by itself, with its first words.
   """
   import jax
 
@@ -98,7 +103,12 @@ def compile_lowered(lowered: Any) -> Any:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
       raise OutOfMemory(str(error)) from error
-    raise
+    said = str(error).strip().splitlines()
+    raise CompilerError(
+        f"the compiler failed: {said[0] if said else error}\nA compiler whose programs "
+        "this jaxlib cannot read shows so; install the libtpu that belongs to it "
+        f"(jax {jax.__version__}: see `pip show jax`, extra tpu)"
+    ) from error
 
 
 def memory(compiled: Any) -> Memory:
