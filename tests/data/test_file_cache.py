@@ -224,7 +224,7 @@ def test_processes_killed_at_random_never_leave_a_wrong_file(
   running = [launch(i) for i in range(workers)]
   kills, largest = 0, 0
   end = time.monotonic() + 4
-  while time.monotonic() < end:
+  while time.monotonic() < end or kills <= 10:  # A loaded machine is slow to kill.
     time.sleep(rng.uniform(0.02, 0.15))
     victim = rng.randrange(workers)
     assert running[victim].exitcode is None

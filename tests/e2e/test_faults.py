@@ -61,6 +61,12 @@ def arrays(checkpoint):
   return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
+def tracebacks(text):
+  """Those of errors; Python prints others for coroutines that end with the process."""
+  blocks = text.split("Traceback (most recent call last):")
+  return [b for a, b in zip(blocks, blocks[1:]) if "Exception ignored in" not in a[-300:]]
+
+
 LOADED = (
     "import sys, vjepa_jax; run = vjepa_jax.load(sys.argv[1]);"
     "print('loaded', run.step, sorted(run.params))"
@@ -104,7 +110,7 @@ def test_a_bucket_that_refuses_for_a_while_costs_one_checkpoint(
   emulator.clear_faults()
   assert done.returncode == 0, done.stdout + done.stderr
   assert "step 4: NOT SAVED, 1 of 3" in done.stdout
-  assert "training goes on" in done.stdout and "Traceback" not in done.stderr
+  assert "training goes on" in done.stdout and not tracebacks(done.stderr)
   for name, value in emulator.env.items():
     monkeypatch.setenv(name, value)
   assert without_clock(f"{bucket}/run") == without_clock(unbroken)
@@ -120,4 +126,4 @@ def test_a_bucket_that_refuses_for_good_ends_the_run_with_its_own_code(
   emulator.clear_faults()
   assert done.returncode == 75, done.stdout + done.stderr
   said = done.stdout + done.stderr
-  assert "NOT SAVED, 3 of 3 times in a row" in said and "Traceback" not in said
+  assert "NOT SAVED, 3 of 3 times in a row" in said and not tracebacks(said)
