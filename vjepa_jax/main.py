@@ -294,7 +294,8 @@ def check_continuation(
   content = workdir_lib.read_bytes(path)
   if content is None or not any(workdir_lib.open_path(saved).glob("[0-9]*")):
     return
-  found, wanted = _flat(json.loads(content)), _flat(json.loads(json.dumps(plain)))
+  found = hosts.flat(json.loads(content))
+  wanted = hosts.flat(json.loads(json.dumps(plain)))
   differing = [
       key for key in sorted(found.keys() | wanted.keys())
       if found.get(key) != wanted.get(key)
@@ -336,16 +337,6 @@ def _matters(key: str) -> bool:
   section, _, rest = key.partition(".")
   free = section in _FREE or key in _FREE
   return not free or (section == "train" and rest in _FIXED_IN_TRAIN)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      flat |= _flat(value, f"{prefix}{key}.")
-    else:
-      flat[prefix + key] = value
-  return flat
 
 
 def _is_bucket_lost(error: BaseException | None) -> bool:

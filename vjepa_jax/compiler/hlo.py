@@ -332,10 +332,16 @@ def _balanced(text: str) -> tuple[str, str]:
   return text, ""
 
 
-def _constant(table: dict[str, Instruction], name: str) -> int | None:
+def _source(table: dict[str, Instruction], name: str) -> Instruction | None:
+  """Returns the instruction that a name is, perhaps by copies of it, the value of."""
   found = table.get(name)
   while found is not None and found.opcode in _COPIES and found.operands:
     found = table.get(found.operands[0])
+  return found
+
+
+def _constant(table: dict[str, Instruction], name: str) -> int | None:
+  found = _source(table, name)
   if found is None or found.opcode != "constant":
     return None
   return int(found.inside) if re.fullmatch(r"-?\d+", found.inside) else None
@@ -343,9 +349,7 @@ def _constant(table: dict[str, Instruction], name: str) -> int | None:
 
 def _place(table: dict[str, Instruction], name: str) -> int | None:
   """Returns which part of the loop's state a name stands for."""
-  found = table.get(name)
-  while found is not None and found.opcode in _COPIES and found.operands:
-    found = table.get(found.operands[0])
+  found = _source(table, name)
   if found is None or found.opcode != "get-tuple-element":
     return None
   return int(found.attribute("index"))

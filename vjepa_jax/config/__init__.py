@@ -98,9 +98,7 @@ def build(
   except ValueError as error:  # lengths that only the size of the data tells
     raise ConfigError(plain["name"], [str(error)]) from error
   unit_augment = augment.make_augment(**plain["augment"])
-  mesh = sharding.make_mesh(
-      **{axis: train[f"mesh_{axis}"] for axis in sharding.AXES if f"mesh_{axis}" in train}
-  )
+  mesh = programs.mesh_of(plain)
   functions = evaluate.wrap_functions(objective.functions(), unit_augment, mesh)
   evaluators = _build_evaluators(plain, functions, data, **steps)
   options = _loop_options(plain, grid, evaluators, **steps)

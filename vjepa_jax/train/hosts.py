@@ -133,7 +133,10 @@ def describe(config: Mapping[str, Any], workdir: str | os.PathLike[str]) -> dict
       versions[name] = metadata.version(name)
   return {
       "host": socket.gethostname(), "pid": os.getpid(), "versions": versions,
-      "code": _sources(), "config": {"workdir": str(workdir), **_flat(config)},
+      "code": _sources(),
+      "config": {
+          "workdir": str(workdir), **{k: repr(v) for k, v in flat(config).items()}
+      },
   }
 
 
@@ -376,11 +379,12 @@ def _sources() -> dict[str, str]:
   }
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns the values of nested dicts by dotted key."""
+  found = {}
   for key, value in tree.items():
     if isinstance(value, Mapping):
-      flat |= _flat(value, f"{prefix}{key}.")
+      found |= flat(value, f"{prefix}{key}.")
     else:
-      flat[prefix + key] = repr(value)
-  return flat
+      found[prefix + key] = value
+  return found
