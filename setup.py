@@ -48,10 +48,12 @@ MONAI = ["monai>=1.5", "torch>=2.6"]
 # The step of a V-JEPA 2 in PyTorch, which `bench.torch_step` runs beside ours.
 TRANSFORMERS = ["transformers>=5,<6"]
 WANDB = ["wandb>=0.19"]
-# The TPU compiler alone; pinned, since another version estimates otherwise.
-PRECOMPILE = ["libtpu==0.0.52"]
+# The TPU compiler alone: that of jax 0.10.2's extra `tpu`, whose programs its jaxlib can
+# read. Pinned, since another version estimates otherwise.
+PRECOMPILE = ["libtpu==0.0.42.1"]
 TEST = [
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "ruff>=0.9",
     "hypothesis>=6.100",
     "scikit-learn>=1.5",

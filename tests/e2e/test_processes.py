@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
@@ -26,6 +27,7 @@ def get_config(arg=""):
     c.evals = {}
     c.train.best_metric = ""
     c.train.validate_every_steps = 1000
+    c.train.max_failed_saves = 9
   return c
 """
 TINY = "configs/oct_multi.py:tiny"
@@ -192,6 +194,32 @@ def test_sigterm_to_one_saves_once_for_all(environment, plain, unbroken, tmp_pat
   assert len(checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").all_steps()) == 1
   together(environment, 2, plain, tmp_path / "run", *never)
   assert lines(tmp_path / "run") == lines(unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_cannot_write_costs_all_a_checkpoint_and_no_step(
+    environment, plain, unbroken, tmp_path, victim
+):
+  launcher = launch(environment, 2, plain, tmp_path / "run", *LONG)
+  wait_for_step(launcher, tmp_path / "run", 6)
+  pid = process_of(launcher, victim)
+  # As on a full disk: no file of this one may grow beyond 2 KiB.
+  room = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+  resource.prlimit(pid, resource.RLIMIT_FSIZE, (2048, room[1]))
+  begin, said = time.monotonic(), ""
+  while "NOT SAVED" not in said:
+    assert launcher.poll() is None and time.monotonic() - begin < 60, said
+    said += launcher.stdout.readline()
+  resource.prlimit(pid, resource.RLIMIT_FSIZE, room)
+  out, _ = launcher.communicate(timeout=120)
+  assert launcher.returncode == 0, said + out
+  assert "File too large" in said and "training goes on" in said
+  steps = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").all_steps()
+  assert steps[-1] == 40
+  kept = [{k: v for k, v in line.items() if k != "failed_saves"}
+          for line in lines(tmp_path / "run")]
+  assert kept == lines(unbroken)
 
 
 def free_port():

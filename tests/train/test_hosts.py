@@ -299,12 +299,17 @@ def test_a_process_that_falls_silent_is_named_in_bounded_time(victim):
   processes[victim].communicate()
 
 
-def test_an_error_of_one_ends_the_others_and_the_end_of_all_is_no_loss():
+@pytest.mark.parametrize("given, wanted", [(1, 1), (2, 2), (75, 75), (3, hosts.LOST)])
+def test_an_error_of_one_ends_the_others_with_a_code_that_says_what_to_do(given, wanted):
   processes = watched()
-  processes[1].communicate("2\n")
+  processes[1].communicate(f"{given}\n")
   for number in (0, 2):
     code, error = ends(processes[number])
-    assert code == 2 and "process 1 (h1) was lost: it ended with exit code 2" in error
+    said = f"process 1 (h1) was lost: it ended with exit code {given}"
+    assert code == wanted and said in error
+
+
+def test_the_end_of_all_is_no_loss():
   processes = watched()
   for process in processes:
     process.stdin.write("0\n")

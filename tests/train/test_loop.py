@@ -117,6 +117,54 @@ def test_sigterm_saves_and_the_same_command_goes_on(unbroken, tmp_path):
   assert_equal_bit_for_bit(last_state(tmp_path), last_state(unbroken))
 
 
+class Asking:
+  """An evaluator that looks at three batches; a signal comes at the nth of a run."""
+
+  def __init__(self, name, signal_at=None):
+    self.name, self.signal_at, self.seen = name, signal_at, 0
+    self._features = evaluate.wrap_functions(
+        toy.Toy().functions(), toy.augment, sharding.make_mesh()
+    )["features"]
+
+  def run(self, params, model_state):
+    for number in range(3):
+      self.seen += 1
+      if self.seen == self.signal_at:
+        os.kill(os.getpid(), signal.SIGTERM)
+      features = self._features(params, model_state, toy.batch(number))
+      yield f"{self.name}.{number}", float(np.mean(features))
+
+
+# Calls of the second evaluator: 3 before the first step, then at steps 4, 8, 12.
+@pytest.mark.parametrize("at, step", [(1, 0), (3, 0), (5, 4), (12, 12)])
+def test_a_signal_while_evaluating_acts_at_once_and_costs_no_number(tmp_path, at, step):
+  def run(folder, signal_at=None):
+    evaluators = {"first": (Asking("first"), 4), "second": (Asking("second", signal_at), 4)}
+    toy.run(
+        folder, total_steps=12, evaluators=evaluators, best_metric="first.1",
+        early_stop_metric="second.2", early_stop_patience=9,
+    )
+    return evaluators["second"][0].seen
+
+  assert run(tmp_path / "whole") == 12
+  with pytest.raises(SystemExit) as ended:
+    run(tmp_path / "broken", at)
+  assert ended.value.code == 143
+  checkpoints = Checkpoints(tmp_path / "broken" / "checkpoints")
+  assert checkpoints.all_steps() == [step]
+  names = {k for x in metrics.read(tmp_path / "broken") if x["step"] == step for k in x}
+  assert "first.0" in names and "second.0" not in names
+  run(tmp_path / "broken")
+  assert comparable(tmp_path / "broken") == comparable(tmp_path / "whole")
+  whole, broken = last_state(tmp_path / "whole"), last_state(tmp_path / "broken")
+  assert_equal_bit_for_bit(whole, broken)
+  best = [
+      Checkpoints(tmp_path / name / "checkpoints" / "best", best_mode="max").all_steps()
+      for name in ("whole", "broken")
+  ]
+  assert best[0] == best[1]
+
+
 def test_a_log_line_spans_a_checkpoint_between_two_lines(tmp_path):
   toy.run(tmp_path / "whole", total_steps=12, log_every_steps=5)
   with pytest.raises(RuntimeError, match="unplugged"):

@@ -4,6 +4,7 @@ import json
 import pathlib
 import resource
 import sys
+import threading
 import time
 
 import toy
@@ -24,7 +25,9 @@ class FullDisk:
         time.sleep(0.01)
       resource.setrlimit(resource.RLIMIT_FSIZE, (2048, most))
     if self._count == self._end:
-      time.sleep(2.0)  # What is being saved meets the limit.
+      # What is being saved meets the limit.
+      while any(thread.name == "async_save" for thread in threading.enumerate()):
+        time.sleep(0.01)
       resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     return next(self._iterator)
 

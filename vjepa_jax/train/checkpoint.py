@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vjepa_jax.train import seal
+from vjepa_jax.train import meeting, seal
 from vjepa_jax.train import workdir as workdir_lib
 from vjepa_jax.train.optim import named_leaves
 
@@ -97,6 +97,7 @@ class Checkpoints:
     self._keep, self._mode = keep, best_mode
     self._keep_every_steps, self._read_only = keep_every_steps, read_only
     self._failed = self._must_reopen = False
+    self._meeting = meeting.Meeting(str(self.directory))
     self._manager = self._open()
 
   def latest_step(self) -> int | None:
@@ -153,6 +154,7 @@ class Checkpoints:
     if iterator is not None:
       items["data"] = grain_checkpoint.CheckpointSave(_Place(iterator))
     metrics = None if metric is None else {"metric": float(metric)}
+    self._meeting.begin()
     self._write(
         lambda: self._manager.save(
             step, args=ocp.args.Composite(**items), metrics=metrics
@@ -319,6 +321,10 @@ class Checkpoints:
       self.wait()
       self._manager.close()
 
+  def distrust(self) -> None:
+    """Begins anew at the next save: another process could not write its part."""
+    self._must_reopen = True
+
   def abandon(self) -> None:
     """Makes `close` wait for nothing: the bucket is known to be lost."""
     self._failed = True
@@ -327,15 +333,18 @@ class Checkpoints:
     remote = workdir_lib.is_remote(self.directory)
     if remote and not self._read_only and jax.process_index() == 0:
       self._remove_unfinished()
+    handlers = {
+        # Weights hardly shrink; unpacking them is what takes long in restoring.
+        "state": _SealedHandler(use_compression=False),
+        "config": ocp.JsonCheckpointHandler(),
+        "extra": ocp.JsonCheckpointHandler(),
+        "data": grain_checkpoint.CheckpointHandler(),
+    }
+    for handler in handlers.values():
+      _tell_failures(handler, self._meeting)
     return ocp.CheckpointManager(
         self.directory,
-        item_handlers={
-            # Weights hardly shrink; unpacking them is what takes long in restoring.
-            "state": _SealedHandler(use_compression=False),
-            "config": ocp.JsonCheckpointHandler(),
-            "extra": ocp.JsonCheckpointHandler(),
-            "data": grain_checkpoint.CheckpointHandler(),
-        },
+        item_handlers=handlers,
         options=ocp.CheckpointManagerOptions(
             preservation_policy=_retention(
                 self._keep, self._keep_every_steps, self._mode
@@ -348,6 +357,7 @@ class Checkpoints:
             create=not self._read_only,
             read_only=self._read_only,
             save_interval_steps=0 if self._read_only else 1,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=self._meeting.wait),
         ),
     )
 
@@ -378,6 +388,7 @@ class Checkpoints:
       reason = " ".join(str(error).split())[:300]
       # On several hosts all must open together: before the next save.
       self._must_reopen = True
+      self._meeting.tell(error)
       if jax.process_count() == 1 and not workdir_lib.is_remote(self.directory):
         with contextlib.suppress(Exception):
           self._reopen()
@@ -443,6 +454,39 @@ class Checkpoints:
         f"earlier step ({earlier}), move this folder away",
         step, reason,
     )
+
+
+class _Telling:
+  """A write under way; that it failed is told to the other processes at once."""
+
+  def __init__(self, future: Any, told: meeting.Meeting):
+    self._future, self._meeting = future, told
+
+  def result(self, timeout: float | None = None) -> Any:
+    try:
+      return self._future.result(timeout=timeout)
+    except BaseException as error:
+      self._meeting.tell(error)
+      raise
+
+
+def _tell_failures(handler: Any, told: meeting.Meeting) -> None:
+  """Makes a handler tell what fails in the background, where nobody waits for it."""
+  start, finalize = getattr(handler, "async_save", None), handler.finalize
+
+  async def async_save(*args, **kwargs):
+    return [_Telling(future, told) for future in await start(*args, **kwargs) or ()]
+
+  def telling_finalize(*args, **kwargs):
+    try:
+      return finalize(*args, **kwargs)
+    except BaseException as error:
+      told.tell(error)
+      raise
+
+  if start is not None:
+    handler.async_save = async_save
+  handler.finalize = telling_finalize
 
 
 class _SealedHandler(ocp.PyTreeCheckpointHandler):

@@ -1,6 +1,7 @@
 """Evaluators inside the loop: functions that take host batches, and their turns."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextvars
 import difflib
 import itertools
 import math
@@ -18,6 +19,22 @@ from vjepa_jax.train.state import Augment, with_positions
 from vjepa_jax.train.step import make_eval_step
 
 HostBatch = Mapping[str, np.ndarray]
+# Called before each batch that an evaluator has the devices look at.
+_before_batch: contextvars.ContextVar[Callable[[], None]] = contextvars.ContextVar(
+    "before_batch", default=lambda: None
+)
+
+
+class Interrupted(Exception):
+  """A signal broke an evaluation off; it is made to its end when the run goes on.
+
+  Attributes:
+    signal: its number.
+  """
+
+  def __init__(self, signal: int):
+    super().__init__(f"signal {signal}")
+    self.signal = signal
 
 
 def wrap_functions(
@@ -77,6 +94,7 @@ class Validation:
     """
     total: metrics_lib.Sums = {}
     for batch in itertools.islice(self._batches(), self._limit):
+      _before_batch.get()()
       metrics = self._step(params, model_state, sharding.put_common_batch(batch, self._mesh))
       total = metrics_lib.merge(total, jax.device_get(metrics))
     if not total.get("loss", (0.0, 0.0))[1]:
@@ -94,6 +112,8 @@ class Evaluations:
   Attributes:
     history: [step, value] pairs of the early-stopping metric, kept in checkpoints.
     latest: name -> value of the numbers that this process has seen.
+    broken: what of an evaluation was made before a signal broke it off, as JSON for
+      a checkpoint: step, done (evaluators), found (their numbers); else None.
   """
 
   def __init__(
@@ -105,6 +125,8 @@ class Evaluations:
       mode: str = "max",
       patience: int = 10,
       history: Sequence[Sequence[float]] = (),
+      broken: Mapping[str, Any] | None = None,
+      stopped: Callable[[int], int] = lambda step: 0,
   ):
     """Takes the evaluators in their order.
 
@@ -115,12 +137,17 @@ class Evaluations:
       mode: "max" or "min", what is better for `watched`.
       patience: evaluations without a better value before it counts as stagnant.
       history: of the checkpoint that the run resumes from.
+      broken: of the same checkpoint; `run` at its step goes on from it.
+      stopped: asked before each batch with the step: signal to stop for, or 0.
     """
-    self._evaluators, self._writer = evaluators, writer
+    self._evaluators, self._writer, self._stopped = evaluators, writer, stopped
     self._watched, self._mode, self._patience = watched, mode, patience
     self.history = [[int(step), float(value)] for step, value in history]
     self.latest: dict[str, float] = {}
-    self._done_at: dict[str, int] = {}
+    self.broken = broken
+    broken = broken or {"step": None, "done": (), "found": {}}
+    self._step, self._found = broken["step"], dict(broken["found"])
+    self._done_at = dict.fromkeys(broken["done"], self._step)
 
   def run(
       self, step: int, params: Any, model_state: Any, *, everything: bool = False
@@ -128,18 +155,26 @@ class Evaluations:
     """Runs those that are due at `step`, or everything not yet run at it.
 
     Returns:
-      The numbers of this call; empty where nothing was due.
+      The numbers of this step up to now; empty where nothing was due.
 
     Raises:
       KeyError: two evaluators gave one name.
+      Interrupted: a signal came; `broken` holds what was made before.
     """
-    found: dict[str, float] = {}
+    if step != self._step:
+      self._step, self._found = step, {}
+    found, self.broken = self._found, None
     for name, (evaluator, every_steps) in self._evaluators.items():
       due = everything or (every_steps and step % every_steps == 0)
       if not due or self._done_at.get(name) == step:
         continue
+      try:
+        numbers = self._run_one(step, evaluator, params, model_state)
+      except Interrupted:
+        done = [other for other, at in self._done_at.items() if at == step]
+        self.broken = {"step": step, "done": done, "found": dict(found)}
+        raise
       self._done_at[name] = step
-      numbers = self._run_one(step, evaluator, params, model_state)
       if twice := numbers.keys() & found:
         raise KeyError(
             f"evaluator {name!r} gives {sorted(twice)}, which another one gave at the "
@@ -151,9 +186,10 @@ class Evaluations:
         line = metrics_lib.format_scalars(numbers, prefix=f"{name}.")
         self._writer.say(f"step {step} {name}: {line}")
     self.latest |= found
-    if self._watched in found:
+    known = self.history and self.history[-1][0] == step
+    if self._watched in found and not known:
       self.history.append([step, found[self._watched]])
-    return found
+    return dict(found)
 
   def require(self, name: str | None, option: str) -> None:
     """Refuses the name of a number that no evaluator gave when all were run.
@@ -183,12 +219,20 @@ class Evaluations:
     return since >= self._patience
 
   def _run_one(self, step, evaluator, params, model_state) -> dict[str, float]:
+    def check() -> None:
+      if number := self._stopped(step):
+        raise Interrupted(number)
+
+    token = _before_batch.set(check)
     numbers = {}
-    for name, value in evaluator.run(params, model_state):
-      if isinstance(value, np.ndarray) and value.ndim:
-        self._writer.figure(step, name, value)
-      else:
-        numbers[name] = float(value)
+    try:
+      for name, value in evaluator.run(params, model_state):
+        if isinstance(value, np.ndarray) and value.ndim:
+          self._writer.figure(step, name, value)
+        else:
+          numbers[name] = float(value)
+    finally:
+      _before_batch.reset(token)
     return numbers
 
 
@@ -205,6 +249,7 @@ def _wrap(fn: Callable[..., Any], augment: Augment, mesh: Mesh) -> Callable[...,
   def call(params, model_state, batch=None, *args):
     if batch is None:
       return without_batch(params, model_state)
+    _before_batch.get()()
     batch = sharding.put_common_batch(batch, mesh)
     return with_batch(params, model_state, batch, *args)
 

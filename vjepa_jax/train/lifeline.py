@@ -20,8 +20,9 @@ LOST = 76  # Exit code: another process was lost; the same command goes on.
 _BEAT_S = 1.0
 _HELLO_S = 10.0
 _LEAVING_S = 2.0
-# Exit codes that say what the others should end with as well.
-_TELLING = (2, 75)
+# Exit codes that say what the others should end with as well: what a new start does not
+# cure must not look on another host as what it does.
+_TELLING = (1, 2, 75)
 
 
 class MissingError(ConnectionError):
@@ -281,7 +282,7 @@ class Lifeline:
     self._lost_after_s = lost_after_s
     self._lock = threading.Condition()
     self._step = -1
-    self._signal = 0
+    self._turn = self._signal = 0
     self._asked = self._told = self._leaving = False
     self._stop_at: int | None = None
     self._reports: dict[int, int] = {}
@@ -293,13 +294,13 @@ class Lifeline:
     self._thread.start()
 
   def reached(self, step: int, received: int = 0) -> int:
-    """Says, after each step, whether all processes stop here.
+    """Says whether all processes stop here; asked after each step, or part of one.
 
     No collective: a process that got a signal tells process 0, which asks all how far
-    they are and names the first step that none has passed.
+    they are and names the first turn that none has passed.
 
     Args:
-      step: just taken; all processes take the same ones.
+      step: reached, for messages; all processes ask at the same places.
       received: number of a signal that this process got; 0: none.
 
     Returns:
@@ -312,7 +313,8 @@ class Lifeline:
       # Between the question and the answer nobody goes on.
       self._lock.wait_for(lambda: not self._asked or self._stop_at is not None)
       self._step = step
-      stop = self._stop_at is not None and step >= self._stop_at
+      self._turn += 1
+      stop = self._stop_at is not None and self._turn >= self._stop_at
       return self._signal if stop else 0
 
   def leave(self, code: int) -> None:
@@ -381,7 +383,7 @@ class Lifeline:
         self._report(0, message["stop"])
     elif "ask" in message:
       self._report(self._process, message["ask"])
-      self._send(at=self._step)
+      self._send(at=self._turn)
     elif "at" in message:
       self._reports[number] = message["at"]
       self._decide()
@@ -391,12 +393,12 @@ class Lifeline:
 
   def _report(self, number: int, received: int) -> None:
     self._asked, self._signal = True, received
-    self._reports[number] = self._step
+    self._reports[number] = self._turn
     if not self._process:
       self._decide()
 
   def _decide(self) -> None:
-    """Names the step once all have said how far they are; only process 0 knows."""
+    """Names the turn once all have said how far they are; only process 0 knows."""
     if set(self._reports) | self._ended >= {0, *self._peers}:
       self._stop_at = max(self._reports.values()) + 1
       self._send(stop_at=self._stop_at)

@@ -221,7 +221,8 @@ def run(
         evaluations=evaluate.Evaluations(
             evaluators or {}, writer, watched=options.early_stop_metric,
             mode=options.early_stop_mode, patience=options.early_stop_patience,
-            history=extra.get("history", ()),
+            history=extra.get("history", ()), broken=extra.get("evaluation"),
+            stopped=lambda step: reached(step, signals.received),
         ),
         reached=reached,
     )
@@ -262,10 +263,11 @@ class _Session:
 
 def _train(s: _Session, state: TrainState, signals: watch.Signals) -> TrainState:
   """Goes from the state's step to the end, an early stop or a signal."""
-  options, step, stop = s.options, int(state.step), 0
-  if step == 0:
-    with s.clock.pause():
-      _evaluate_at_start(s, state)
+  options, step = s.options, int(state.step)
+  with s.clock.pause():
+    stop = _evaluate_at_start(s, state, step)
+  if stop:
+    s.saver.save(step, state, _extra(s))
   while step < options.total_steps and not stop and not s.evaluations.stagnant():
     s.profile.at(step, state)
     batch = s.feed.take()
@@ -279,9 +281,8 @@ def _train(s: _Session, state: TrainState, signals: watch.Signals) -> TrainState
     if logging:
       _log(s, state, step)
     with s.clock.pause():
-      _evaluate(s, state, step, last)
       # Hosts that decide apart hang in the next collective.
-      stop = s.reached(step, signals.received)
+      stop = _evaluate(s, state, step, last) or s.reached(step, signals.received)
       agreeing = logging or jax.process_count() == 1
       late = agreeing and watch.agree(s.saver.late())
       if stop or last or late or s.evaluations.stagnant() or s.saver.due(step):
@@ -304,20 +305,37 @@ def _train(s: _Session, state: TrainState, signals: watch.Signals) -> TrainState
   return state
 
 
-def _evaluate_at_start(s: _Session, state: TrainState) -> None:
-  s.evaluations.run(0, state.params, state.model_state, everything=True)
+def _evaluate_at_start(s: _Session, state: TrainState, step: int) -> int:
+  """Runs everything before the first step, or what a signal broke off; as below."""
+  if step and not s.evaluations.broken:
+    return 0
+  if step:
+    return _evaluate(s, state, step, step == s.options.total_steps)
+  try:
+    s.evaluations.run(0, state.params, state.model_state, everything=True)
+  except evaluate.Interrupted as broken:
+    return broken.signal
   s.evaluations.require(s.options.best_metric, "best_metric")
   s.evaluations.require(s.options.early_stop_metric, "early_stop_metric")
+  return 0
 
 
-def _evaluate(s: _Session, state: TrainState, step: int, last: bool) -> None:
-  """Runs what is due, everything where the run ends here, and keeps the best."""
+def _evaluate(s: _Session, state: TrainState, step: int, last: bool) -> int:
+  """Runs what is due, everything where the run ends here, and keeps the best.
+
+  Returns:
+    The signal that broke it off; 0: none.
+  """
   run = functools.partial(s.evaluations.run, step, state.params, state.model_state)
-  found = run(everything=last)
-  if found and s.evaluations.stagnant():
-    found |= run(everything=True)
+  try:
+    found = run(everything=last)
+    if found and s.evaluations.stagnant():
+      found |= run(everything=True)
+  except evaluate.Interrupted as broken:
+    return broken.signal
   if s.options.best_metric in found:
     s.saver.save_best(step, state, _extra(s), found[s.options.best_metric])
+  return 0
 
 
 def _log(s: _Session, state: TrainState, step: int) -> None:
@@ -348,10 +366,13 @@ def _log(s: _Session, state: TrainState, step: int) -> None:
 
 
 def _extra(s: _Session) -> dict[str, Any]:
-  return {
+  extra = {
       "window": s.window.sums(), "history": s.evaluations.history,
       "accum": s.options.accum,
   }
+  if s.evaluations.broken:
+    extra["evaluation"] = s.evaluations.broken
+  return extra
 
 
 def _introduce(s: _Session, state: TrainState) -> None:

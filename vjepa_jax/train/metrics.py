@@ -88,6 +88,7 @@ class Writer:
       workdir: str | os.PathLike[str],
       *,
       restored_step: int = -1,
+      broken: Mapping[str, Any] | None = None,
       total_steps: int | None = None,
       config: Mapping[str, Any] | None = None,
       tensorboard: bool = True,
@@ -98,6 +99,8 @@ class Writer:
     Args:
       workdir: local folder, made where absent; `workdir.Files` for a bucket.
       restored_step: step of the checkpoint that the run resumes from; -1: none.
+      broken: of `evaluate.Evaluations`, where that checkpoint has it: what was
+        evaluated at that step and is no part of it is dropped as well.
       total_steps: length of the progress bar on a terminal; None: no bar.
       config: the experiment, for Weights & Biases.
       tensorboard: writes events (extra `tensorboard`; one message without it).
@@ -111,7 +114,7 @@ class Writer:
     self.workdir = pathlib.Path(workdir)
     self.workdir.mkdir(parents=True, exist_ok=True)
     self._path = self.workdir / "metrics.jsonl"
-    _drop_after(self._path, restored_step)
+    _drop_after(self._path, restored_step, broken)
     if total_steps is not None and sys.stderr.isatty():
       begin = max(restored_step, 0)
       self._bar = tqdm.tqdm(total=total_steps, initial=begin, unit="step")
@@ -295,11 +298,19 @@ def system_info() -> dict[str, Any]:
   }
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
-  """Rewrites the file without lines later than `step`, all or nothing."""
+def _drop_after(
+    path: pathlib.Path, step: int, broken: Mapping[str, Any] | None
+) -> None:
+  """Rewrites the file without what came after a checkpoint, all or nothing."""
   if not path.exists():
     return
-  kept = [line for line in read(path.parent) if line["step"] <= step]
+
+  def belongs(line: Mapping[str, Any]) -> bool:
+    if broken is None or line["step"] < broken["step"] or "loss" in line:
+      return line["step"] <= step
+    return line.keys() <= {"step", *broken["found"]}
+
+  kept = [line for line in read(path.parent) if belongs(line)]
   replacement = path.with_suffix(".jsonl.tmp")
   replacement.write_text("".join(json.dumps(line) + "\n" for line in kept))
   os.replace(replacement, path)

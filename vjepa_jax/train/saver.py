@@ -140,7 +140,7 @@ class Saver:
           step, state, config=self._config, extra=extra, iterator=self._feed
       ))
     if watch.agree(error is not None):
-      self._count(step, error)
+      self._count(step, error, self._latest)
     else:
       self._under_way = step
 
@@ -165,7 +165,7 @@ class Saver:
           metric=metric,
       ))
     if watch.agree(error is not None):
-      self._count(step, error)
+      self._count(step, error, self._best)
 
   def check(self) -> None:
     """Counts a save that has failed meanwhile; waits for nothing.
@@ -282,11 +282,15 @@ class Saver:
     step, self._under_way = self._under_way, None
     error = _caught(self._latest.wait)
     if watch.agree(error is not None):
-      self._count(step, error)
+      self._count(step, error, self._latest)
     else:
       self._failed_in_row = 0
 
-  def _count(self, step: int, error: OSError | None) -> None:
+  def _count(
+      self, step: int, error: OSError | None, of: checkpoint.Checkpoints
+  ) -> None:
+    if jax.process_count() > 1:
+      of.distrust()  # All open anew together, or none.
     self.failed += 1
     self._failed_in_row += 1
     reason = error or "another process could not write its part"

@@ -334,7 +334,10 @@ class Profile:
     """
     if step == self._from:
       jax.block_until_ready(done)
-      jax.profiler.start_trace(self._path)
+      options = jax.profiler.ProfileOptions()
+      # Following Python's calls in all threads can crash one that is just ending.
+      options.python_tracer_level = 0
+      jax.profiler.start_trace(self._path, profiler_options=options)
       self._running = True
     elif self._running and step >= self._to:
       jax.block_until_ready(done)
