@@ -16,7 +16,7 @@ ALLOWED = {
     "backbones": {"volumes", "nn"},
     "objectives": {"volumes", "nn", "backbones"},
     "data": set(),
-    "train": {"objectives", "evaluators", "compiler"},
+    "train": {"objectives", "evaluators", "compiler", "nn"},
     "evaluators": {"data", "volumes", "report"},
     "report": {"volumes"},
     "interop": {"volumes", "nn", "backbones"},
@@ -52,6 +52,12 @@ def test_a_room_imports_only_the_rooms_below_it(room):
       if parts[0] != "vjepa_jax" or len(parts) == 1:
         continue
       assert parts[1] in ALLOWED[room] | {room}, f"{path.name} imports {name}"
+
+
+def test_of_the_layers_training_knows_only_where_weights_lie():
+  for path in files("train"):
+    named = {n for n in imports(path) if n.startswith("vjepa_jax.nn.")}
+    assert all(n.startswith("vjepa_jax.nn.placement") for n in named), path.name
 
 
 @pytest.mark.parametrize("room", sorted(NO_JAX))

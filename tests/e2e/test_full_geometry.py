@@ -22,12 +22,7 @@ STEPS = dict(total_steps=1000, steps_per_epoch=10)
 def test_the_train_step_of_a_full_config_traces(arm, encoder_parameters):
   plain = config_lib.as_plain(config_lib.load(f"configs/oct_multi.py:{arm}"))
   assert config_lib.model_grid(plain).tokens == 9_216
-  objective = config_lib.build_objective(plain, **STEPS)
-  optimizer = config_lib.build_optimizer(
-      batch_size=plain["train"]["batch_size"],
-      **config_lib.in_steps(plain["optimizer"], ("warmup_steps",), **STEPS),
-      total_steps=STEPS["total_steps"],
-  )
+  objective, optimizer = config_lib.objective_and_optimizer(plain, **STEPS)
   unit_augment = augment.make_augment(**plain["augment"])
   accum = plain["train"]["accum"]
   of = jax.ShapeDtypeStruct

@@ -116,11 +116,8 @@ def run(pullback: Pullback, seed: int, steps: int) -> dict[str, float]:
   plain["model"]["patch"] = PATCH
   plain["optimizer"]["warmup_steps"] = min(50, steps // 2)
   length = dict(total_steps=steps, steps_per_epoch=1)
-  objective = config_lib.build_objective(plain, **length)
-  optimizer = config_lib.build_optimizer(
-      batch_size=BATCH,
-      **config_lib.in_steps(plain["optimizer"], ("warmup_steps",), **length),
-      total_steps=steps,
+  objective, optimizer = config_lib.objective_and_optimizer(
+      plain, **length, batch_size=BATCH
   )
   unit_augment = augment.make_augment()
   batches = pullback.batches(seed)

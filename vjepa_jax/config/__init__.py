@@ -16,6 +16,7 @@ import ml_collections
 from vjepa_jax.config import names, programs, units
 from vjepa_jax.config.check import ConfigError, check_config
 from vjepa_jax.config.names import as_plain, duration, in_steps, load
+from vjepa_jax.config.programs import objective_and_optimizer
 from vjepa_jax.config.units import (
     build_objective,
     build_optimizer,
@@ -89,12 +90,7 @@ def build(
   )
   train, steps = plain["train"], _lengths(plain["train"], data)
   try:
-    objective = build_objective(plain, **steps)
-    optimizer = build_optimizer(
-        batch_size=train["batch_size"],
-        **in_steps(plain["optimizer"], names.parameters(build_optimizer), **steps)
-        | {"total_steps": steps["total_steps"]},
-    )
+    objective, optimizer = objective_and_optimizer(plain, **steps)
   except ValueError as error:  # lengths that only the size of the data tells
     raise ConfigError(plain["name"], [str(error)]) from error
   unit_augment = augment.make_augment(**plain["augment"])

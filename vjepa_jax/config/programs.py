@@ -10,7 +10,7 @@ import numpy as np
 
 from vjepa_jax.compiler import flops
 from vjepa_jax.config import names, units
-from vjepa_jax.train import program, sharding
+from vjepa_jax.train import optim, program, sharding
 from vjepa_jax.train.state import with_positions
 from vjepa_jax.volumes import augment
 
@@ -48,6 +48,40 @@ def mesh_of(plain: Mapping[str, Any], devices: list[Any] | None = None) -> Mesh:
   return sharding.make_mesh(**sizes, devices=devices)
 
 
+def objective_and_optimizer(
+    plain: Mapping[str, Any],
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
+    batch_size: int | None = None,
+    platform: str | None = None,
+) -> tuple[Any, optim.Optimizer]:
+  """Builds what a run trains and by what, once its lengths are known.
+
+  Args:
+    plain: of a sound config.
+    total_steps: of the run.
+    steps_per_epoch: what lengths in epochs are counted by.
+    batch_size: of all chips; None: the config's.
+    platform: that attention is chosen for; None: this process's own.
+
+  Raises:
+    ValueError: for numbers that do not fit each other.
+  """
+  steps = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
+  optimizer = names.in_steps(
+      plain["optimizer"], names.parameters(units.build_optimizer), **steps
+  )
+  optimizer |= {
+      "total_steps": total_steps,
+      "batch_size": batch_size or plain["train"]["batch_size"],
+  }
+  return (
+      units.build_objective(for_platform(plain, platform), **steps),
+      units.build_optimizer(**optimizer),
+  )
+
+
 def step_program(
     plain: Mapping[str, Any],
     mesh: Mesh,
@@ -74,17 +108,15 @@ def step_program(
   """
   train = plain["train"]
   rows = batch_size or train["batch_size"]
-  steps = _steps(train) | lengths
-  optimizer = names.in_steps(
-      plain["optimizer"], names.parameters(units.build_optimizer), **steps
+  objective, optimizer = objective_and_optimizer(
+      plain, **_steps(train) | lengths, batch_size=rows, platform=platform
   )
-  optimizer |= {"total_steps": steps["total_steps"], "batch_size": rows}
   optional = {
       key: train[key] for key in ("fsdp_rules", "fsdp_min_size") if key in train
   }
   return program.make_program(
-      objective=wrap(units.build_objective(for_platform(plain, platform), **steps)),
-      optimizer=units.build_optimizer(**optimizer),
+      objective=wrap(objective),
+      optimizer=optimizer,
       augment=augment.make_augment(**plain["augment"]),
       batch=batch_shapes(plain, rows),
       mesh=mesh,

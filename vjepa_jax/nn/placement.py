@@ -17,8 +17,27 @@ from jax.sharding import AxisType, PartitionSpec
 BATCH_AXES = ("data", "fsdp")
 SEQUENCE_AXIS = "sequence"
 _AXES = {"batch": BATCH_AXES, "tokens": (SEQUENCE_AXIS,), None: ()}
-# Gradients of smaller weights are not worth being split.
-_MIN_SIZE = 2**16
+# Smaller arrays are not worth being split.
+MIN_SIZE = 2**16
+
+
+def split_axis(
+    shape: Sequence[int], parts: int, min_size: int = MIN_SIZE
+) -> int | None:
+  """Returns the axis along which a weight is split in equal parts; None: in none.
+
+  Args:
+    shape: of the weight, or of its gradient.
+    parts: devices along "fsdp".
+    min_size: arrays with fewer elements stay whole.
+
+  Returns:
+    The largest axis that `parts` divides, the last among equals.
+  """
+  fitting = [(size, axis) for axis, size in enumerate(shape) if size % parts == 0]
+  if parts == 1 or not fitting or math.prod(shape) < min_size:
+    return None
+  return max(fitting)[1]
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -82,10 +101,9 @@ def _whole_backward(_, gradient):
   # Whole first: a product that is summed and split at once becomes a loop of sends.
   gradient = jax.lax.with_sharding_constraint(gradient, PartitionSpec())
   fsdp = jax.sharding.get_abstract_mesh().shape["fsdp"]
-  fitting = [(n, axis) for axis, n in enumerate(gradient.shape) if n % fsdp == 0]
-  if gradient.size >= _MIN_SIZE and fitting:
-    # The same axis as `train.sharding` takes.
-    spec = PartitionSpec(*[None] * max(fitting)[1], "fsdp")
+  axis = split_axis(gradient.shape, fsdp)
+  if axis is not None:
+    spec = PartitionSpec(*[None] * axis, "fsdp")
     gradient = jax.lax.with_sharding_constraint(gradient, spec)
   return (gradient,)
 

@@ -16,10 +16,10 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from vjepa_jax.nn.placement import BATCH_AXES, MIN_SIZE, SEQUENCE_AXIS, split_axis
 from vjepa_jax.train.optim import named_leaves
 
-BATCH_AXES = ("data", "fsdp")
-AXES = (*BATCH_AXES, "sequence")
+AXES = (*BATCH_AXES, SEQUENCE_AXIS)
 # Regex of a name -> PartitionSpec entries, e.g. (r"mlp/.*kernel$", (None, "fsdp")).
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
@@ -123,7 +123,7 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def state_sharding(
-    state: Any, mesh: Mesh, *, rules: Rules = (), min_size: int = 2**16
+    state: Any, mesh: Mesh, *, rules: Rules = (), min_size: int = MIN_SIZE
 ) -> Any:
   """Says where each array of a train state lives: a tree of NamedSharding.
 
@@ -133,8 +133,7 @@ def state_sharding(
   Args:
     state: tree of arrays or of ShapeDtypeStruct.
     mesh: of `make_mesh`.
-    rules: first match decides; elsewhere the largest axis that fsdp divides is
-      split, the last among equals.
+    rules: first match decides; elsewhere `placement.split_axis` does.
     min_size: arrays with fewer elements stay whole everywhere.
 
   Raises:
@@ -255,14 +254,8 @@ def _spec(
     if re.search(pattern, name):
       _check_rule(name, leaf.shape, pattern, entries, mesh)
       return PartitionSpec(*entries)
-  fsdp = mesh.shape["fsdp"]
-  divisible = [
-      (size, axis) for axis, size in enumerate(leaf.shape) if size % fsdp == 0
-  ]
-  if fsdp == 1 or not divisible or np.prod(leaf.shape) < min_size:
-    return PartitionSpec()
-  _, axis = max(divisible)
-  return PartitionSpec(*[None] * axis, "fsdp")
+  axis = split_axis(leaf.shape, mesh.shape["fsdp"], min_size)
+  return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, "fsdp")
 
 
 def _check_rule(name, shape, pattern, entries, mesh) -> None:
