@@ -173,7 +173,17 @@ class _Plain(lifeline.Peer):
   """A connection of this machine, which has no options of TCP."""
 
   def __init__(self, sock):
-    self.sock, self.heard, self._rest = sock, time.monotonic(), b""
+    self.sock, self.heard = sock, time.monotonic()
+    self._rest, self._early = b"", []
+
+
+def test_messages_that_come_in_one_piece_are_all_read():
+  ours, theirs = socket.socketpair()
+  theirs.sendall(b'{"go": 1}\n{"bye": 2}\n')
+  peer = _Plain(ours)
+  assert peer.read_one(5) == {"go": 1}
+  theirs.sendall(b'{"beat": 0}\n')
+  assert peer.read() == [{"bye": 2}, {"beat": 0}]
 
 
 @pytest.mark.parametrize("seed", range(6))

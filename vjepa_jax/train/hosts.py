@@ -37,7 +37,6 @@ _PACKAGES = (
 _SHOWN = 8
 # How long the lifeline may take to say that an error comes from another's death.
 _VERDICT_S = 3.0
-_SERVICE_S = 30.0
 
 
 class HostsError(ValueError):
@@ -303,9 +302,10 @@ def _serve(
   )
   service.append(process)
   if process.stdout.readline() != coordination.READY:
+    process.kill()
     raise lifeline.RefusedError(
         f"the coordination service could not be started on port {port}: "
-        f"{' '.join(command)} ended with code {process.wait(_SERVICE_S)}"
+        f"{' '.join(command)} ended with code {process.wait()}"
     )
   return {"port": port, "names": [known[n]["host"] for n in range(processes)]}
 

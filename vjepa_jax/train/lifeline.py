@@ -39,7 +39,7 @@ class Peer:
   def __init__(self, sock: socket.socket):
     self.sock = sock
     self.heard = time.monotonic()
-    self._rest = b""
+    self._rest, self._early = b"", []
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
   def send(self, **message: Any) -> None:
@@ -59,7 +59,8 @@ class Peer:
       return None
     self.heard = time.monotonic()
     *lines, self._rest = (self._rest + found).split(b"\n")
-    return [json.loads(line) for line in lines]
+    early, self._early = self._early, []
+    return early + [json.loads(line) for line in lines]
 
   def read_one(self, timeout_s: float) -> dict[str, Any] | None:
     """Returns the next message; None where it closed or kept silent."""
@@ -67,6 +68,7 @@ class Peer:
     try:
       while (found := self.read()) is not None:
         if found:
+          self._early = found[1:]
           return found[0]
     except (TimeoutError, ValueError):
       pass
