@@ -45,7 +45,27 @@ def run(*shape):
     found.setdefault(shape, []).append([int(n) for n in kind.split(",") if n])
   return found
 
-print(json.dumps(dict(fsdp=run(1, 8, 1), both=run(2, 4, 1), sequence=run(2, 2, 2))))
+from jax.experimental.layout import Layout, with_layout_constraint
+from vjepa_jax.nn import placement
+
+def local(rows):
+  mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "sequence"),
+              axis_types=(AxisType.Auto,) * 3)
+  parts = []
+  def fn(part):
+    parts.append(part.shape)
+    return with_layout_constraint(2 * part, Layout((0, 1, 2)))
+  def twice(x):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return placement.per_device(fn, x, "batch", "tokens", None)
+  place = NamedSharding(mesh, P(("data", "fsdp") if rows % 4 == 0 else None, "sequence"))
+  x = jax.device_put(jnp.arange(rows * 48 * 4.0).reshape(rows, 48, 4), place)
+  grad = jax.jit(jax.grad(lambda x: (twice(x) * x).sum()))
+  text = grad.lower(x).compile().as_text()
+  factor = float((grad(x) / x)[1, 1, 1])
+  return dict(parts=parts, gathers="all-gather" in text, factor=factor)
+
+print(json.dumps(dict(whole=local(8), uneven=local(6), fsdp=run(1, 8, 1), both=run(2, 4, 1), sequence=run(2, 2, 2))))
 """
 
 
@@ -80,9 +100,20 @@ def test_tokens_travel_only_to_be_keys_and_values(collectives):
   assert not collectives["sequence"].keys() & {"all-to-all"}
 
 
+def test_what_is_done_on_each_device_sees_its_own_part_and_sends_nothing(collectives):
+  whole, uneven = collectives["whole"], collectives["uneven"]
+  assert set(map(tuple, whole["parts"])) == {(2, 24, 4)} and whole["factor"] == 4
+  assert not whole["gathers"]
+  # Rows that the mesh does not divide: left as they are.
+  assert uneven == {"parts": [], "gathers": False, "factor": 2}
+
+
 def test_without_a_mesh_nothing_happens():
   x = jnp.ones((3, 5, 4))
   assert placement.constrain(x, "batch", "tokens", None) is x
+  np.testing.assert_array_equal(
+      placement.per_device(jnp.negative, x, "batch", "tokens", None), -x
+  )
   inputs, kernel, bias = placement.promote(
       x, np.ones((4, 4), np.float32), None, dtype=jnp.bfloat16
   )

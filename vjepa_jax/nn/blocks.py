@@ -377,7 +377,9 @@ class Stack(nn.Module):
     """
     if of_process(self.attention) != "splash":
       return x
-    return with_layout_constraint(x, Layout((0, 1, 2)))
+    # By itself a compiler may gather the rows of all devices to lay them out.
+    lay_out = lambda x: with_layout_constraint(x, Layout((0, 1, 2)))
+    return placement.per_device(lay_out, x, "batch", "tokens", None)
 
   def _check(self):
     for what, got, known in (

@@ -6,7 +6,7 @@ compiler may split the activations by the parameters' axis and send them around,
 which for these widths is far more than the weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import math
 from typing import Any
 
@@ -57,6 +57,32 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     divides = size % math.prod(mesh.shape[a] for a in axes) == 0
     spec.append(axes or None if divides else PartitionSpec.UNCONSTRAINED)
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def per_device(
+    fn: Callable[[jax.Array], jax.Array], x: jax.Array, *names: str | None
+) -> jax.Array:
+  """Runs what keeps a shape on each device's own part of an array.
+
+  For what the compiler would not split by itself, and gather the array for.
+
+  Args:
+    fn: part -> part of the same shape.
+    x: any array.
+    names: as in `constrain`; where the mesh does not divide an axis, `fn` is left
+      out and the array returned as it is.
+  """
+  mesh = _ambient()
+  if mesh is None:
+    return fn(x)
+  spec = []
+  for size, name in zip(x.shape, names, strict=True):
+    axes = tuple(a for a in _AXES[name] if mesh.shape.get(a, 1) > 1)
+    if size % math.prod(mesh.shape[a] for a in axes):
+      return x
+    spec.append(axes or None)
+  spec = PartitionSpec(*spec)
+  return jax.shard_map(fn, in_specs=(spec,), out_specs=spec, check_vma=False)(x)
 
 
 def promote(*arrays: Any, dtype: Any = None, inexact: bool = True) -> Sequence[Any]:
