@@ -60,11 +60,12 @@ class Meeting:
       return
     # One key serves for several turns, which come in the same order everywhere.
     self._turns[key] += 1
-    place = f"{self._place(self._count)}/{key}/{self._turns[key]}/"
+    save = self._place(self._count)
+    place = f"{save}/{key}/{self._turns[key]}/"
     deadline = time.monotonic() + timeout_ms / 1e3
     self._client.key_value_set(f"{place}{jax.process_index()}", "here")
     while True:
-      self._check_failed()
+      self._check_failed(save)
       here = {int(k.rpartition("/")[2]) for k, _ in self._client.key_value_dir_get(place)}
       absent = set(range(jax.process_count())) - here
       if not absent:
@@ -76,8 +77,8 @@ class Meeting:
         )
       time.sleep(_PAUSE_S)
 
-  def _check_failed(self) -> None:
-    failed = self._client.key_value_dir_get(f"{self._place(self._count)}/failed/")
+  def _check_failed(self, save: str) -> None:
+    failed = self._client.key_value_dir_get(f"{save}/failed/")
     others = {int(k.rpartition("/")[2]): text for k, text in failed}
     others.pop(jax.process_index(), None)
     if others:
