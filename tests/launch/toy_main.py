@@ -4,10 +4,18 @@ Flags: --workdir, --worker, --steps, --codes=A,B (of each attempt in turn; the l
 all further ones), --cry=TEXT before a code that is not 0, --say=TEXT at the start.
 """
 
+import os
 import pathlib
 import signal
 import sys
 import time
+
+
+def _write(path: pathlib.Path, number: int) -> None:
+  """Writes `number` whole or not at all, so that a reader never sees half of it."""
+  half = path.with_name(f".{path.name}")
+  half.write_text(str(number))
+  os.replace(half, path)
 
 
 def main() -> None:
@@ -18,12 +26,12 @@ def main() -> None:
   saved, attempts = folder / f"step-{worker}", folder / f"attempts-{worker}"
   step = int(saved.read_text()) if saved.exists() else 0
   attempt = int(attempts.read_text()) if attempts.exists() else 0
-  attempts.write_text(str(attempt + 1))
+  _write(attempts, attempt + 1)
   codes = [int(code) for code in flags.get("codes", "0").split(",")]
   code = codes[min(attempt, len(codes) - 1)]
 
   def leave(number: int, unused_frame: object) -> None:
-    saved.write_text(str(step))
+    _write(saved, step)
     print(f"step {step}: saved after signal {number}", flush=True)
     sys.exit(128 + number)
 
@@ -34,9 +42,9 @@ def main() -> None:
     step += 1
     print(f"step {step}/{total}  loss 1.0", flush=True)
     if step % 5 == 0:
-      saved.write_text(str(step))
+      _write(saved, step)
   if code:
-    saved.write_text(str(max(0, step - 2)))
+    _write(saved, max(0, step - 2))
     print(flags.get("cry", "fails"), file=sys.stderr)
   sys.exit(code)
 
