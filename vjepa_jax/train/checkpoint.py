@@ -385,7 +385,7 @@ class Checkpoints:
       raise
     # The storage layers' errors have no kind in common.
     except Exception as error:
-      reason = " ".join(str(error).split())[:300]
+      reason = " ".join(str(error).split())[:2000]
       # On several hosts all must open together: before the next save.
       self._must_reopen = True
       self._meeting.tell(error)

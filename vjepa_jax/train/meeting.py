@@ -12,7 +12,7 @@ import jax
 from jax._src import distributed
 
 _PAUSE_S = 0.02
-_TOLD = 300  # characters
+_TOLD = 2000  # characters; a path may fill hundreds before the reason
 
 
 class AbsentError(OSError):
