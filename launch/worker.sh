@@ -233,9 +233,11 @@ supervise() {
 
 # state: one word or two for the restart loop, and the last step.
 state() {
-  local step code
+  local step code running=
+  # In this order: what has ended has written its last step.
+  ! alive || running=1
   step=$(last_step)
-  if alive; then
+  if [[ $running ]]; then
     echo "state running step ${step:--}"
   elif [[ -e stopped ]]; then
     echo "state stopped step ${step:--}"
