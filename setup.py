@@ -23,6 +23,7 @@ REQUIRED = [
     "yarl>=1.9",
     "google-crc32c>=1.5",
     "einops>=0.8,<0.9",
+    "safetensors>=0.4",
     "clu>=0.0.12,<0.1",
     "numpy>=2.0",
     "opencv-python-headless>=4.10",

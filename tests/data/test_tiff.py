@@ -1,9 +1,11 @@
 """Claims of readers/tiff.py, on files that tifffile writes."""
 
 import io
+import os
 import struct
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -13,6 +15,7 @@ tifffile = pytest.importorskip("tifffile", reason="extra formats is not installe
 pytest.importorskip("imagecodecs", reason="extra formats is not installed")
 
 from tests.data import library_files_tiff  # noqa: E402
+from vjepa_jax.data import read as data_read  # noqa: E402
 from vjepa_jax.data.readers import ReadOptions, read_content, tiff  # noqa: E402
 from vjepa_jax.data.record import ReadError  # noqa: E402
 
@@ -257,3 +260,94 @@ def test_a_missing_library_is_named_with_its_extra(tmp_path):
   ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert "missing_extra" in ran.stdout, ran.stderr
   assert "vjepa_jax[formats]" in ran.stdout
+
+
+def write_movie(path, array, **how):
+  how = {"metadata": {"axes": "TZYX"}, "photometric": "minisblack"} | how
+  tifffile.imwrite(path, array, **how)
+  return str(path)
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"compression": "zlib"}, {"byteorder": ">"}, {"bigtiff": True},
+    {"ome": True}, {"tile": (16, 16), "compression": "lzw"},
+    {"photometric": "miniswhite"},
+])
+def test_one_time_point_of_a_movie_is_that_of_the_whole(tmp_path, how):
+  array = make((4, 3, 32, 48))
+  path = write_movie(tmp_path / "m.tif", array, **how)
+  whole = data_read(path)
+  assert tiff.count_frames(path, ReadOptions()) == 4
+  for frame in range(4):
+    one = data_read(path, frame=frame, time_step_s=60)
+    np.testing.assert_array_equal(one.volume, whole.volume[frame:frame + 1])
+    assert one.volume.dtype == whole.volume.dtype and one.meta["frame"] == frame
+    np.testing.assert_allclose(one.spacing[1:], whole.spacing[1:])
+
+
+def test_a_time_point_beyond_the_end_and_files_of_other_kinds_are_refused(tmp_path):
+  path = write_movie(tmp_path / "m.tif", make((4, 3, 32, 48)))
+  for frame, other, reason_ in (
+      (4, path, "frames_mismatch"), (0, str(tmp_path / "none.tif"), "missing_file"),
+      (0, str(tmp_path / "text.tif"), "unsupported_format"),
+      (0, str(tmp_path / "empty.tif"), "truncated"),
+      (0, str(tmp_path / "cut.tif"), "truncated"),
+      (0, str(tmp_path / "colour.tif"), "unsupported_pixels"),
+      (0, str(tmp_path / "wide.tif"), "ambiguous_axes"),
+  ):
+    (tmp_path / "text.tif").write_bytes(b"no movie at all")
+    (tmp_path / "empty.tif").write_bytes(b"")
+    (tmp_path / "cut.tif").write_bytes((tmp_path / "m.tif").read_bytes()[:-99])
+    tifffile.imwrite(tmp_path / "colour.tif", make((4, 32, 48, 3), np.uint8))
+    tifffile.imwrite(
+        tmp_path / "wide.tif", make((4, 2, 3, 32, 48)), photometric="minisblack"
+    )
+    with pytest.raises(ReadError) as caught:
+      data_read(other, frame=frame)
+    assert caught.value.reason == reason_, other
+  with pytest.raises(ValueError, match="frame is -1"):
+    data_read(path, frame=-1)
+
+
+def test_a_file_with_no_time_axis_is_a_movie_of_one(tmp_path):
+  array = make((3, 32, 48))
+  path = write_movie(tmp_path / "m.tif", array, metadata={"axes": "ZYX"})
+  assert tiff.count_frames(path, ReadOptions()) == 1
+  np.testing.assert_array_equal(data_read(path, frame=0).volume[0, ..., 0], array)
+  with pytest.raises(ReadError, match="frame 1 of 1"):
+    data_read(path, frame=1)
+
+
+@pytest.mark.parametrize("mark", ["imagej", "shaped"])
+def test_a_movie_larger_than_memory_is_read_by_its_time_points(tmp_path, mark):
+  # Sparse: 24 GB that take no room on the disk, and none in memory.
+  path, shape = tmp_path / "large.tif", (1500, 16, 1024, 1024)
+  if mark == "imagej":
+    shape = (100, 16, 1024, 1024)  # Its own limit is 4 GB.
+  movie = tifffile.memmap(
+      path, shape=shape, dtype=np.uint8, metadata={"axes": "TZYX"},
+      **({"imagej": True} if mark == "imagej" else {"bigtiff": True}),
+      photometric="minisblack",
+  )
+  movie[-1, 3, 4, 5] = 77
+  del movie
+  start = time.monotonic()
+  record = data_read(path, frame=shape[0] - 1, max_voxels=2**25)
+  assert record.volume.shape == (1, *shape[1:], 1)
+  assert record.volume[0, 3, 4, 5, 0] == 77 and record.volume.sum() == 77
+  assert tiff.count_frames(str(path), ReadOptions()) == shape[0]
+  assert time.monotonic() - start < 20
+  with pytest.raises(ReadError, match="too_large"):
+    data_read(path, frame=0, max_voxels=2**23)
+
+
+def test_a_movie_replaced_meanwhile_is_read_anew(tmp_path):
+  path = tmp_path / "m.tif"
+  for add in (0, 1000):
+    array = make((4, 3, 32, 48)) + np.uint16(add)
+    write_movie(path, array)
+    np.testing.assert_array_equal(
+        data_read(path, frame=2).volume[0, ..., 0], array[2]
+    )
+    assert tiff.count_frames(str(path), ReadOptions()) == 4
+    os.utime(path, ns=(add, add))

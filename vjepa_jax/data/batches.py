@@ -212,7 +212,8 @@ def train_iterator(
 
   Returns:
     Iterator of dicts: volume [B, T, Z, Y, X, C] as stored, mean, std, _mask
-    float32 [B], spacing float32 [B, 4], index, label, source int32 [B]; with
+    float32 [B], spacing float32 [B, 4], index, label, source int32 [B], and of clips
+    with stages frame_label int32 [B, T], -1 where there is none; with
     get_state(), set_state(state), close().
 
   Raises:

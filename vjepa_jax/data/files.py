@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import threading
 from typing import Any
 import zlib
@@ -18,6 +19,8 @@ from vjepa_jax.data.manifest import Row
 from vjepa_jax.data.record import ReadError, Record
 
 Step = tuple[tuple[str, Any], ...]
+# Movies whose window is kept; a run reads one after the other, or a few side by side.
+_KEPT_WINDOWS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Transform:
   """Row -> canvas Record with fixed options; the same in any process.
 
   Attributes: as in `pipeline.open_data`; `reader` and each of `ops` are pairs of
-  (option, value), so that equal options are equal keys of a cache.
+  (option, value), so that equal options are equal keys of a cache. `percentiles` are
+  those of a movie's voxels that become the ends of the range, for rows of frames.
   """
 
   canvas: tuple[int, int, int] = (64, 384, 384)
@@ -41,6 +45,7 @@ class Transform:
   reader: Step = ()
   ops: tuple[Step, ...] = ()
   seed: int = 0
+  percentiles: tuple[float, float] = (0.5, 99.8)
 
   def __call__(
       self, row: Row, look: Callable[[Record], None] | None = None
@@ -52,12 +57,30 @@ class Transform:
     Raises:
       ReadError: with a reason code, where the file cannot be used.
     """
-    record = readers.read(row.path, **{
-        "modalities": self.modalities, "colour": self.colour,
-        "max_voxels": self.max_voxels, **dict(self.reader), **row.read_options(),
-    })
+    record = self._read(row)
     if look:
       look(record)
+    if not row.window:
+      return self._to_canvas(row, record)
+    # By its text: NaN spacings that were pickled are no longer equal to themselves.
+    options = {k: v for k, v in row.read_options().items() if k != "frame"}
+    window = _window(self, repr((row.window, options))).found(row)
+    canvas = self._to_canvas(row, window.apply(record, self.dtype))
+    return dataclasses.replace(canvas, mean=window.mean, std=window.std)
+
+  def _read(self, row: Row) -> Record:
+    stated, reader = row.read_options(), dict(self.reader)
+    common = reader.pop("manifest_spacing", (math.nan,) * 3)
+    stated["manifest_spacing"] = tuple(
+        c if math.isnan(own) else own
+        for c, own in zip(common, stated["manifest_spacing"], strict=True)
+    )
+    return readers.read(row.path, **{
+        "modalities": self.modalities, "colour": self.colour,
+        "max_voxels": self.max_voxels, **reader, **stated,
+    })
+
+  def _to_canvas(self, row: Row, record: Record) -> Record:
     for op in self._ops:
       # One draw a recording, whenever and wherever it is read: what should differ
       # from epoch to epoch is drawn on the device.
@@ -90,6 +113,9 @@ class Transform:
     faults = [f"reader: unknown option {key!r}" for key in sorted(reader.keys() - known)]
     faults += [f"reader: {fault}" for fault in readers.read_option_faults(reader)]
     faults += ops.op_faults([dict(step) for step in self.ops])
+    low, high = self.percentiles
+    if not 0 <= low < high <= 100:
+      faults.append(f"percentiles are {self.percentiles}, must rise within 0 .. 100")
     if faults:
       raise ValueError("; ".join(faults))
     readers.ReadOptions(**{
@@ -104,6 +130,128 @@ class Transform:
 
   def __getstate__(self) -> dict[str, Any]:
     return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+  """What all time points of a movie share: range of values, size, mean and std.
+
+  Attributes:
+    low, high: values that become the ends of the range.
+    shape: (Z, Y, X, C) of a time point as stored.
+    mean, std: of the voxels on the canvas, without padding.
+  """
+
+  low: float
+  high: float
+  shape: tuple[int, ...]
+  mean: float = math.nan
+  std: float = math.nan
+
+  def apply(self, record: Record, dtype: str) -> Record:
+    """Returns a time point in the movie's range: uint8, or float32 in 0..1 ("keep").
+
+    Raises:
+      ReadError: irregular_frames, where it is not of the movie's size.
+    """
+    if record.volume.shape[1:] != self.shape:
+      raise ReadError(
+          record.source, "irregular_frames",
+          f"a time point of shape {record.volume.shape[1:]} [Z, Y, X, C] in a movie of "
+          f"{self.shape}",
+      )
+    if dtype == "uint8":
+      volume = np.empty(record.volume.shape, np.uint8)
+      ops.scale_to_uint8(
+          np.ascontiguousarray(record.volume), self.low, 255 / (self.high - self.low),
+          volume,
+      )
+    else:
+      volume = ops.scale_range(record.volume, self.low, self.high, clip=True)
+    return dataclasses.replace(record, volume=volume, mean=None, std=None)
+
+
+class _Cell:
+  """The window of one movie, found once by whoever asks first."""
+
+  def __init__(self, transform: Transform):
+    self._transform = transform
+    self._lock = threading.Lock()
+    self._answer: Window | ReadError | None = None
+
+  def found(self, row: Row) -> Window:
+    """Returns the window of the movie that a row is of; ReadError as `_find_window`."""
+    with self._lock:
+      if self._answer is None:
+        try:
+          self._answer = _find_window(self._transform, row)
+        except ReadError as error:
+          if error.reason == "unreachable":
+            raise
+          self._answer = error
+    if isinstance(self._answer, ReadError):
+      raise self._answer
+    return self._answer
+
+
+@functools.lru_cache(_KEPT_WINDOWS)
+def _window(transform: Transform, movie: str) -> _Cell:
+  del movie
+  return _Cell(transform)
+
+
+def _frames_of(row: Row) -> list[Row]:
+  """Returns the rows of the time points that set a row's window, all of one movie."""
+  return [
+      dataclasses.replace(row, path=path, frame=frame, size=None, checksum="")
+      for path, frame in row.window
+  ]
+
+
+def _find_window(transform: Transform, row: Row) -> Window:
+  """Reads the time points that set a movie's window; a bad one is passed over.
+
+  Raises:
+    ReadError: if all are bad, or hold one value only.
+  """
+  records, errors = [], []
+  for frame in _frames_of(row):
+    try:
+      records.append((frame, transform._read(frame)))
+    except ReadError as error:
+      if error.reason == "unreachable":
+        raise
+      errors.append(error)
+  if not records:
+    raise errors[0]
+  shapes = collections.Counter(record.volume.shape[1:] for _, record in records)
+  shape = shapes.most_common(1)[0][0]
+  records = [(f, record) for f, record in records if record.volume.shape[1:] == shape]
+  kind = np.result_type(*(record.volume for _, record in records))
+  kind = kind if kind.name in ("uint8", "int16", "uint16") else np.dtype(np.float32)
+  low, high = ops.percentiles(
+      np.concatenate([record.volume.astype(kind) for _, record in records]),
+      transform.percentiles,
+  )
+  if not low < high:
+    raise ReadError(
+        row.path, "constant",
+        f"percentiles {transform.percentiles} of its movie are {low:g} and {high:g}",
+    )
+  window, means, squares = Window(low, high, shape), [], []
+  for frame, record in records:
+    try:
+      canvas = transform._to_canvas(frame, window.apply(record, transform.dtype))
+    except ReadError as error:
+      errors.append(error)
+      continue
+    means.append(canvas.mean)
+    squares.append(canvas.std**2 + canvas.mean**2)
+  if not means:
+    raise errors[-1]
+  mean = float(np.mean(means))
+  std = math.sqrt(max(float(np.mean(squares)) - mean**2, 0.0))
+  return dataclasses.replace(window, mean=mean, std=std)
 
 
 def frozen(options: Mapping[str, Any]) -> Step:

@@ -106,6 +106,7 @@ class Ledger:
         self._tallies[f"{_SPACING}{facts['spacing_source']}"] += 1
         self._tallies["spacing_invalid"] += facts["spacing_invalid"]
         self._tallies["padding_millionths"] += round(1e6 * facts["padding"])
+        self._tallies["cut_millionths"] += round(1e6 * facts.get("cut", 0.0))
       kinds = self._kinds.setdefault(group, {})
       kinds.setdefault(tuple(facts["kind"]), row.id)
       if len(kinds) > 1:
@@ -165,6 +166,8 @@ class Ledger:
           "spacing_source": _ranked(sources),
           "spacing_invalid": self._tallies["spacing_invalid"],
           "padding": self._tallies["padding_millionths"] / 1e6
+          / max(sum(sources.values()), 1),
+          "cut": self._tallies["cut_millionths"] / 1e6
           / max(sum(sources.values()), 1),
           "read": tried,
           "quarantine": _tally(b.reason for b in bad),
@@ -251,6 +254,7 @@ def facts_of(record: Record) -> dict[str, Any]:
       "spacing_source": record.meta.get("spacing_source", "unknown"),
       "spacing_invalid": bool(record.meta.get("spacing_invalid")),
       "padding": float(record.meta.get("padding", 0)),
+      "cut": float(record.meta.get("cut", 0)),
       "kind": [record.volume.dtype.name, *record.volume.shape],
   }
 

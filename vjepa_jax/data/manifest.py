@@ -64,6 +64,9 @@ class Row:
     size: bytes of the file, or None.
     checksum: "md5:..." or "crc32c:...", in hex, or "".
     source: name of the table it comes from, in a mixture of several.
+    frame: place along T in a file that holds a movie; None: the whole file.
+    window: (path, frame) of the time points that set the intensity window of this
+      one, a frame of a movie; (): its own voxels do.
   """
 
   path: str
@@ -85,11 +88,14 @@ class Row:
   size: int | None = None
   checksum: str = ""
   source: str = ""
+  frame: int | None = None
+  window: tuple[tuple[str, int | None], ...] = ()
 
   @property
   def id(self) -> str:
     """What tells this recording from all others: its path, or a part of a file."""
-    return "::".join(filter(None, (self.path, self.series, self.key)))
+    frame = "" if self.frame is None else f"t{self.frame}"
+    return "::".join(filter(None, (self.path, self.series, self.key, frame)))
 
   def read_options(self) -> dict[str, Any]:
     """Returns what the row states for `readers.read`; what it leaves open is absent."""
@@ -99,6 +105,8 @@ class Row:
         options[name] = getattr(self, name)
     if not math.isnan(self.time_step_s):
       options["time_step_s"] = self.time_step_s
+    if self.frame is not None:
+      options["frame"] = self.frame
     return options
 
 
@@ -225,7 +233,7 @@ def split_by_participant(
   Raises:
     DataError: for bad fractions or fields, or fewer participants than splits.
   """
-  _check_fractions(fractions)
+  check_fractions(fractions)
   _check_fields(stratify, "stratify")
   strata = _strata(rows, stratify, seed)
   total = sum(map(len, strata))
@@ -557,7 +565,12 @@ def _filter(
   return rows
 
 
-def _check_fractions(fractions: Mapping[str, float]):
+def check_fractions(fractions: Mapping[str, float]) -> None:
+  """Checks that shares of splits are above 0 and add to 1.
+
+  Raises:
+    DataError: naming them.
+  """
   bad = {k: v for k, v in fractions.items() if not v > 0}
   if not fractions or bad or abs(sum(fractions.values()) - 1) > 1e-6:
     raise DataError(

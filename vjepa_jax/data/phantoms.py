@@ -7,7 +7,7 @@ and blur are drawn without looking at it, so that plain intensity statistics
 stay near chance.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import csv
 import dataclasses
 from difflib import get_close_matches
@@ -450,12 +450,34 @@ def write_oct_corpus(
   options = {
       "version": VERSION, "seed": seed, "patients": patients, "broken": broken
   }  # yapf: disable
+  return write_once(
+      folder, options, lambda draft: _write_files(draft, _plan(patients, seed, broken))
+  )
+
+
+def write_once(
+    folder: pathlib.Path, options: Mapping[str, Any],
+    write: Callable[[pathlib.Path], None],
+) -> pathlib.Path:
+  """Writes a corpus, unless the folder holds this very one.
+
+  Args:
+    folder: where it goes; must not exist, be empty, or hold this corpus.
+    options: that it follows from.
+    write: writes it, with its `manifest.tsv`, into an empty folder.
+
+  Returns:
+    Path of `manifest.tsv`.
+
+  Raises:
+    ValueError: if the folder holds something else.
+  """
   if _holds(folder, options):
     return folder / "manifest.tsv"
   folder.parent.mkdir(parents=True, exist_ok=True)
   draft = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
   try:
-    _write_files(draft, _plan(patients, seed, broken))
+    write(draft)
     (draft / _MARKER).write_text(json.dumps(_marker(options), indent=2) + "\n")
     try:
       draft.rename(folder)
@@ -482,7 +504,7 @@ def _holds(folder: pathlib.Path, options: Mapping[str, Any]) -> bool:
     return True
   what = "no phantom corpus" if found is None else f"a corpus of other options {found}"
   raise ValueError(
-      f"write_oct_corpus: {folder} holds {what}, wanted {_marker(options)}; name "
+      f"phantoms: {folder} holds {what}, wanted {_marker(options)}; name "
       "another folder or remove this one"
   )
 

@@ -8,13 +8,16 @@ reason, logged once, quarantined, and never replaced. The run stops above
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
+import types
 from typing import Any
 
+from vjepa_jax.data import clips as clips_lib
 from vjepa_jax.data import ledger as ledger_lib
 from vjepa_jax.data import manifest as manifest_lib
 from vjepa_jax.data import memory, readers, shard_writing, shards, storage
 from vjepa_jax.data import mixture as mixture_lib
 from vjepa_jax.data import pool as pool_lib
+from vjepa_jax.data import stages as stages_lib
 from vjepa_jax.data.batches import (
     HostShare,
     TrainIterator,
@@ -26,7 +29,7 @@ from vjepa_jax.data.batches import (
 from vjepa_jax.data.files import Files, Transform, frozen
 from vjepa_jax.data.ledger import Bad, Ledger
 from vjepa_jax.data.manifest import Row, check_disjoint
-from vjepa_jax.data.record import DataError, ReadError
+from vjepa_jax.data.record import DataError, ReadError, Record
 from vjepa_jax.data.volumes import Batch, Mixture, Volumes
 
 __all__ = [
@@ -60,6 +63,9 @@ class Source:
     lost: rows dropped, by reason.
     unexplained: the dropped rows that nobody asked to drop, with their reason.
     total: rows of the table.
+    clips: {split: clips} of time points that are the rows; None where each row is a
+      recording of its own.
+    facts: what else the report says.
   """
 
   name: str
@@ -70,6 +76,25 @@ class Source:
   lost: Mapping[str, int]
   unexplained: tuple[tuple[Row, str], ...]
   total: int
+  clips: Mapping[str, tuple[clips_lib.Clip, ...]] | None = None
+  facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+  @property
+  def rows(self) -> Mapping[str, Sequence[Row]]:
+    """{split: what it holds}: recordings, or clips."""
+    return self.parts if self.clips is None else self.clips
+
+  def read(self, row: Row, look: Callable[[Record], None] | None = None) -> Record:
+    """Reads one of `rows`; `look` is shown each recording or time point as read.
+
+    Raises:
+      ReadError: where it cannot be used.
+    """
+    if not isinstance(row, clips_lib.Clip):
+      return self.transform(row, look)
+    one = types.SimpleNamespace(read=lambda frame: self.transform(frame, look))
+    return clips_lib.Canvases(one).read(row)
 
 
 class Data:
@@ -143,6 +168,9 @@ def open_data(
     dtype: str = "uint8",
     reader: Mapping[str, Any] | None = None,
     ops: Sequence[Mapping[str, Any]] = (),
+    percentiles: Sequence[float] = (0.5, 99.8),
+    clip: Mapping[str, Any] | None = None,
+    stages: Mapping[str, Any] | None = None,
     splits: Mapping[str, float] | str,
     stratify: Sequence[str] = ("device", "label"),
     seed: int = 0,
@@ -186,10 +214,16 @@ def open_data(
     fov_mm: (Z, Y, X) mm for "fov".
     spacing_mm: (dz, dy, dx) mm for "spacing".
     dtype: "uint8" or "keep".
-    reader: further fields of `readers.ReadOptions`, such as axes or time_step_s; a
-      row's own columns win.
+    reader: further fields of `readers.ReadOptions`, such as axes, time_step_s or
+      manifest_spacing; a row's own columns win.
     ops: host operations after reading and before resampling, in this order: dicts of
       `name` (of `ops.OPS`) and options. Random ones draw once a recording.
+    percentiles: of a movie's voxels that become the ends of the range of all of its
+      time points, with `clip`.
+    clip: fields of `clips.ClipOptions`: rows are then movies of embryos, and what the
+      splits hold are clips of them.
+    stages: fields of `stages.StageOptions`, with `clip`: clips have the stages of
+      their time points, and `labels` are the classes in their order.
     splits: {name: share of participants}, or the name of a column.
     stratify: row fields to keep in proportion where splits are shares.
     seed: of the split by shares, and of random ops.
@@ -245,7 +279,8 @@ def open_data(
       reader=reader, ops=ops, label=label, participants=participants, columns=columns,
       filters=filters, exclude=exclude, max_records=max_records,
       modalities=modalities, colour=colour, min_size=min_size, max_voxels=max_voxels,
-      require_spacing=require_spacing,
+      require_spacing=require_spacing, percentiles=percentiles, clip=clip,
+      stages=stages,
   )
   parts = _joined_parts(planned)
   rows = [row for part in parts.values() for row in part]
@@ -294,6 +329,8 @@ def open_data(
               pass
         ledger.finish()
     labels = manifest_lib.label_names(rows)
+    if stages:
+      labels = stages_lib.StageOptions(**stages).classes
     volumes = _volumes(planned, canvases, labels, ledger, mixture)
     stack.pop_all()
   return Data(
@@ -314,6 +351,8 @@ def plan(
     stratify: Sequence[str] = ("device", "label"),
     seed: int = 0,
     max_lost_fraction: float = 0.05,
+    clip: Mapping[str, Any] | None = None,
+    stages: Mapping[str, Any] | None = None,
     **common: Any,
 ) -> list[Source]:
   """Reads the tables and parts their rows; no recording is touched.
@@ -327,6 +366,10 @@ def plan(
     DataError, ReadError, ValueError: as `open_data`.
   """
   _check_sources(manifest, sources, mixture)
+  cutting = clips_lib.ClipOptions(**clip) if clip else None
+  staging = stages_lib.StageOptions(**stages) if stages else None
+  if staging and not cutting:
+    raise ValueError("stages are of the time points of clips: give `clip` as well")
   named = sources or {"": {"manifest": manifest}}
   tables, rows, lost = {}, {}, {}
   for name, own in named.items():
@@ -349,24 +392,37 @@ def plan(
       )
     rows[name] = found
   _check_told_apart(rows)
-  parts, missing = _split(
-      [row for found in rows.values() for row in found], splits, stratify, seed
-  )
+  joined = [row for found in rows.values() for row in found]
+  if cutting and cutting.time_blocks:
+    parts, missing = _by_time(joined, splits)
+  else:
+    parts, missing = _split(joined, splits, stratify, seed)
   planned = []
   for name, own in named.items():
     without = [(row, "no_split") for row in missing if row.source == name]
     if without:
       lost[name]["no_split"] = len(without)
-    unexplained = (*tables[name].unexplained, *without)
+    given = {k: v for k, v in {**common, **own}.items() if k in _TRANSFORM_KEYS}
+    mine = {k: tuple(r for r in part if r.source == name) for k, part in parts.items()}
+    cut = clips_lib.cut(
+        mine, cutting, fractions=splits, stages=staging
+    ) if cutting else None
+    gone = cut.lost if cut else []
+    for _, reason in gone:
+      lost[name][reason] = lost[name].get(reason, 0) + 1
+    unexplained = (*tables[name].unexplained, *without, *gone)
     ledger_lib.check_lost(
         unexplained, tables[name].total, max_lost_fraction, tables[name].path
     )
-    given = {k: v for k, v in {**common, **own}.items() if k in _TRANSFORM_KEYS}
-    mine = {k: tuple(r for r in part if r.source == name) for k, part in parts.items()}
+    if cut:
+      clips_lib.check_parts(cut.clips, cutting)
+      mine = {k: tuple(part) for k, part in cut.frames.items()}
     planned.append(Source(
         name, tables[name].path, {k: part for k, part in mine.items() if part},
         _transform(seed=seed, **given), own.get("weight", 1), lost[name],
         unexplained, tables[name].total,
+        {k: tuple(part) for k, part in cut.clips.items()} if cut else None,
+        {"clips": cut.facts, "stages": cut.stage_facts} if cut else {},
     ))
   return planned
 
@@ -460,6 +516,19 @@ def _split(
   return parts, [row for row in rows if not row.split]
 
 
+def _by_time(
+    rows: Sequence[Row], splits: Mapping[str, float] | str
+) -> tuple[dict[str, list[Row]], list[Row]]:
+  """Lets every row be in all splits: time is shared out, not the movies."""
+  if isinstance(splits, str):
+    raise DataError(
+        f"clip.time_blocks shares the time of each movie out, but splits are a column, "
+        f"{splits!r}: give shares, or time_blocks=0"
+    )
+  manifest_lib.check_fractions(splits)
+  return {"": list(rows)}, []
+
+
 def _joined_parts(planned: Sequence[Source]) -> dict[str, list[Row]]:
   parts: dict[str, list[Row]] = {}
   for source in planned:
@@ -546,8 +615,14 @@ def _volumes(
   weights = {source.name: source.weight for source in planned}
   splits = {}
   for name, part in _joined_parts(planned).items():
-    kept = {
+    good = {
         source.name: [row for row in source.parts[name] if not ledger.is_bad(row)]
+        for source in planned if name in source.parts
+    }
+    kept = {
+        source.name: clips_lib.without_bad(
+            source.clips[name], {row.id for row in good[source.name]}
+        ) if source.clips else good[source.name]
         for source in planned if name in source.parts
     }
     missing = weights.keys() - kept.keys() if name == "train" else set()
@@ -560,7 +635,10 @@ def _volumes(
       )
     volumes = {
         source.name: Volumes(
-            name, kept[source.name], labels, own[name], ledger=ledger
+            name, kept[source.name], labels,
+            clips_lib.Canvases(own[name], good[source.name]) if source.clips
+            else own[name],
+            ledger=ledger,
         )
         for source, own in zip(planned, canvases, strict=True) if source.name in kept
     }
@@ -581,6 +659,7 @@ def _planned_facts(planned: Sequence[Source], mixture: str) -> dict[str, Any]:
           "canvas": list(source.transform.canvas),
           "resample": source.transform.resample, "dtype": source.transform.dtype,
           "ops": [dict(op)["name"] for op in source.transform.ops],
+          **{key: value for key, value in source.facts.items() if value},
       }
       for source in planned
   ]

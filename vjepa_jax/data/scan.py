@@ -43,6 +43,8 @@ _FORMATS = {
 _ZARR = (".zarray", ".zgroup", ".zmetadata", "zarr.json")
 _HEAD_BYTES = 1 << 16
 _MAX_HEAD_BYTES = 1 << 26
+# The embryo's name is that of its folder, and begins the file's.
+_TIME_POINT = re.compile(r"(?:^|/)([^/]+)/images/\1_t\d+\.tiff?$", re.IGNORECASE)
 _PARTICIPANT = r"(?:^|/)sub-([^/_]+)"
 # A file's header may say it in words for people; these are for tables.
 _NOT_IN_NAMES = re.compile(r"[^a-z0-9]+")
@@ -59,8 +61,8 @@ def scan(
 ) -> Manifest:
   """Writes the manifest of all recordings below a folder.
 
-  A folder of DICOM slices of one series is one row, and so is a Zarr array; a DICOM
-  series among others is named by series_instance_uid. `filepath` is such that the
+  A folder of DICOM slices of one series is one row, and so are a Zarr array and the
+  time points of an embryo (NAME/images/NAME_tNNN.tif); a DICOM series among others is named by series_instance_uid. `filepath` is such that the
   manifest can be read without a root. `OUTPUT.unreadable.tsv` (for output OUTPUT.tsv)
   lists what no reader takes, with the reason.
 
@@ -91,7 +93,8 @@ def scan(
       if progress:
         progress(done, len(loose))
     bad = [cells for cells in found if "reason" in cells]
-    rows += _group_series([cells for cells in found if "reason" not in cells])
+    sound = [cells for cells in found if "reason" not in cells]
+    rows += _group_movies(_group_series(sound))
     if checksums and not storage.is_remote(folder):
       sums = pool.map(md5_of, [cells["filepath"] for cells in rows])
       rows = [{**cells, "checksum": c} for cells, c in zip(rows, sums, strict=True)]
@@ -337,6 +340,30 @@ def _group_series(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         "sop_instance_uid": "", "series_instance_uid": "" if alone else series,
     })
   return rows
+
+
+def _group_movies(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Takes NAME/images/NAME_tNNN.tif, of a movie as NIH-LS has them, together."""
+  movies: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+  others = []
+  for cells in rows:
+    found = _TIME_POINT.search(cells["filepath"])
+    if found and cells["format"] == "tiff":
+      movies[cells["filepath"][:found.end(1)]].append(cells)
+    else:
+      others.append(cells)
+  for folder, frames in movies.items():
+    name = storage.basename(folder)
+    if len(frames) == 1:
+      others += frames
+      continue
+    others.append({
+        "participant_id": name, "filepath": folder, "format": "tiff_movie",
+        "number_of_frames": len(frames),
+        # Of all in the folder no listing tells, and tracks come and go.
+        "size": "", "checksum": "",
+    })
+  return others
 
 
 def _spacing_text(spacing: Sequence[float]) -> str:

@@ -38,6 +38,8 @@ class Volumes:
     rows: the manifest rows, without what was quarantined before the start.
     labels: class names; a label number is a place in it.
     label_ids: int32 [len]; -1 where a row has no label.
+    stage_ids: int32 [len, T] where rows are clips with stages, -1 for a time point
+      without; else None.
     ledger: what was tried and what was bad, of the whole run; None where nothing is.
   """
 
@@ -58,6 +60,7 @@ class Volumes:
         [-1 if r.label is None else place[r.label] for r in self.rows], np.int32
     )
     self.ledger = ledger
+    self.stage_ids = _stage_ids(self.rows, place)
     self._canvases = canvases
     self._bad: set[int] = set()
 
@@ -98,7 +101,7 @@ class Volumes:
             f"split {self.name}: all {len(self)} files are bad; the last: {error}"
         ) from error
       return None
-    return {
+    element = {
         "volume": record.volume,
         "mean": np.float32(record.mean),
         "std": np.float32(record.std),
@@ -108,6 +111,9 @@ class Volumes:
         "source": np.int32(0),
         "_mask": np.float32(1),
     }
+    if self.stage_ids is not None:
+      element["frame_label"] = self.stage_ids[index]
+    return element
 
   def _record(self, index: int) -> Record:
     if isinstance(self._canvases, shards.Shards):
@@ -177,13 +183,27 @@ class Mixture:
     return {**element, "index": np.int32(index), "source": np.int32(part)}
 
 
+def _stage_ids(
+    rows: Sequence[Row], place: Mapping[str, int]
+) -> np.ndarray | None:
+  stages = [getattr(row, "stages", ()) for row in rows]
+  if not stages or not all(stages):
+    return None
+  return np.array(
+      [[-1 if s is None else place[s] for s in own] for own in stages], np.int32
+  )
+
+
 def padding(like: Batch) -> Batch:
   """Returns a row that counts for nothing and yields no NaN when normalised."""
-  return {
+  row = {
       "volume": np.zeros_like(like["volume"]), "mean": np.float32(0),
       "std": np.float32(1), "spacing": like["spacing"], "index": np.int32(-1),
       "label": np.int32(-1), "source": like["source"], "_mask": np.float32(0),
   }
+  if "frame_label" in like:
+    row["frame_label"] = np.full_like(like["frame_label"], -1)
+  return row
 
 
 def stack(elements: Sequence[Batch], buffers: Buffers | None = None) -> Batch:

@@ -6,6 +6,8 @@ draw from `rng` alone. In a config they are dicts: {"name": "spacing", "spacing_
 """
 
 from vjepa_jax.data.ops.catalog import OPS, op_faults
+from vjepa_jax.data.ops.intensity import percentiles, scale_range
+from vjepa_jax.data.ops.kernels import scale_to_uint8
 from vjepa_jax.data.ops.resample import (
     DTYPES,
     MAX_VOXELS,
@@ -15,5 +17,6 @@ from vjepa_jax.data.ops.resample import (
 )
 
 __all__ = [
-    "DTYPES", "MAX_VOXELS", "OPS", "POLICIES", "check_options", "op_faults", "resample",
+    "DTYPES", "MAX_VOXELS", "OPS", "POLICIES", "check_options", "op_faults",
+    "percentiles", "resample", "scale_range", "scale_to_uint8",
 ]

@@ -69,7 +69,8 @@ def resample(
   Returns:
     Record with volume [T, *canvas, C], its new spacing (that of the voxels as
     they lie, NaN where unknown), mean and std without the padding, and
-    `meta["padding"]`, the share of voxels that are padding (the lowest value).
+    `meta["padding"]`, the share of voxels that are padding (the lowest value), and
+    `meta["cut"]`, the share of the volume that lies beyond the canvas.
 
   Raises:
     ReadError: too_small, missing_spacing, too_large (names the spacing's
@@ -106,6 +107,7 @@ def resample(
               [a.start - a.offset * a.length / a.size for a in axes],
           ),
           "raw_size": tuple(shape[1:4]), "padding": padding,
+          "cut": 1 - math.prod(a.length / n for a, n in zip(axes, shape[1:4])),
       },
   )
 

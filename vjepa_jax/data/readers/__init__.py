@@ -62,6 +62,8 @@ def read(path: str | os.PathLike[str], **options: Any) -> Record:
     ValueError: for an option out of range.
   """
   chosen, path = ReadOptions(**options), os.fspath(path)
+  if chosen.frame is not None:
+    return tiff.read_frame(path, chosen)
   if storage.is_folder(path):
     return _read_folder(path, chosen)
   data = storage.read_bytes(path, max_bytes=chosen.max_bytes)

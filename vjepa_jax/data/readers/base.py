@@ -36,6 +36,7 @@ class ReadOptions:
     time_step_s: seconds between time points, for what a file leaves open.
     timeout_s: seconds that decoding one file may take, where a helper process
       decodes.
+    frame: the place along T of the one time point to read of a movie in one TIFF.
 
   Raises:
     ValueError: for an option out of range.
@@ -51,6 +52,7 @@ class ReadOptions:
   series: str | None = None
   time_step_s: float | None = None
   timeout_s: float = 120.0
+  frame: int | None = None
 
   def __post_init__(self):
     faults = read_option_faults(dataclasses.asdict(self))
@@ -86,6 +88,11 @@ def read_option_faults(options: dict[str, Any]) -> list[str]:
         not _is_number(seconds) or not 0 < seconds < math.inf
     ):
       faults.append(f"{name} is {seconds!r}, must be a positive number of seconds")
+  frame = options.get("frame")
+  if frame is not None and (
+      not isinstance(frame, int) or isinstance(frame, bool) or frame < 0
+  ):
+    faults.append(f"frame is {frame!r}, must be a place along T, from 0")
   lengths = options.get("manifest_spacing")
   if lengths is not None and (
       len(lengths) != 3 or not all(map(_is_number, lengths))

@@ -7,15 +7,19 @@ file gives them a physical unit; the dots per inch of a printer are none.
 """
 
 from collections.abc import Iterator
+import dataclasses
 import io
 import logging
 import math
+import mmap
+import os
 import struct
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
+from vjepa_jax.data import storage
 from vjepa_jax.data.readers import apart
 from vjepa_jax.data.readers.base import (
     ReadOptions,
@@ -74,12 +78,36 @@ def read(data: bytes, source: str, options: ReadOptions) -> Record:
   )
 
 
+def read_frame(path: str, options: ReadOptions) -> Record:
+  """Reads one time point, `options.frame`, of a movie in one file.
+
+  Of a local file nothing else is read but its directories; of an object in a bucket a
+  local copy is made once.
+
+  Raises:
+    ReadError: as `read`; frames_mismatch for a time point that the file lacks,
+      unsupported_format for what is no TIFF, unsupported_pixels for colour.
+  """
+  local = storage.local_copy(path)
+  return apart.call(
+      _read_frame, local, path, options, source=path, timeout_s=options.timeout_s
+  )
+
+
+def count_frames(path: str, options: ReadOptions) -> int:
+  """Returns how many time points a movie in one file holds; arguments of `read_frame`.
+
+  Raises:
+    ReadError: as `read_frame`.
+  """
+  local = storage.local_copy(path)
+  return apart.call(
+      _count_frames, local, path, options, source=path, timeout_s=options.timeout_s
+  )
+
+
 def _read(data: bytes, source: str, options: ReadOptions) -> Record:
-  try:
-    import tifffile
-  except ImportError as error:
-    raise missing_extra(source, "formats", error) from error
-  logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+  tifffile = _library(source)
   with border(source, "bad_header"):
     _check_directories(data, source)
     file = tifffile.TiffFile(io.BytesIO(data), _multifile=False)
@@ -111,7 +139,130 @@ def _read(data: bytes, source: str, options: ReadOptions) -> Record:
   return to_record(volume, spacing, source, options, meta=notes)
 
 
-def _check_directories(data: bytes, source: str) -> None:
+def _library(source: str) -> Any:
+  try:
+    import tifffile
+  except ImportError as error:
+    raise missing_extra(source, "formats", error) from error
+  logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+  return tifffile
+
+
+@dataclasses.dataclass
+class _Movie:
+  """A file of several time points, its directories read and checked."""
+
+  file: Any
+  series: Any
+  letters: str
+  origin: str
+  shape: tuple[int, ...]
+  spacing: tuple[float, ...]
+  notes: dict[str, Any]
+
+
+# The movie read last: its directories, one a plane, are many.
+_last: tuple[Any, _Movie] | None = None
+
+
+def _open_movie(local: str, source: str, options: ReadOptions) -> _Movie:
+  global _last
+  stamp = os.stat(local)
+  key = local, stamp.st_size, stamp.st_mtime_ns, options.axes, options.key
+  apart.allow(stamp.st_size + (1 << 30))  # Mapped, which counts as held.
+  if _last and _last[0] == key:
+    return _last[1]
+  tifffile = _library(source)
+  if stamp.st_size < 8:
+    raise ReadError(source, "truncated", f"{stamp.st_size} bytes")
+  with open(local, "rb") as file, border(source, "bad_header"):
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+      if not matches(data[:4], source):
+        raise ReadError(source, "unsupported_format", f"starts with {data[:8]!r}")
+      _check_directories(data, source)
+    opened = tifffile.TiffFile(local, _multifile=False)
+    series, number = _choose(opened, source, options.key)
+    page = series.keyframe
+    # Of the whole movie any size goes; a time point is judged when it is read.
+    axes, shape = _axes_and_shape(
+        series, source, dataclasses.replace(options, max_voxels=1 << 62)
+    )
+    if "S" in axes:
+      raise ReadError(
+          source, "unsupported_pixels", f"axes {axes}: pixels of several samples",
+          "store the channels as an axis C, or one file a time point",
+      )
+    _check_description(opened, series, source, options)
+    _check_pixels(page, shape, source, options)
+    _check_segments(series, stamp.st_size, source)
+    letters, origin = _name_axes(axes, shape, source, options)
+    spacing, notes = _spacing(opened, page, number)
+  if "T" in letters[len(shape) - len(page.shape):]:
+    raise ReadError(
+        source, "ambiguous_axes", f"axes {letters}: its planes lie along time",
+        "write it as TZYX",
+    )
+  movie = _Movie(opened, series, letters, origin, shape, spacing, notes)
+  if _last:
+    _last[1].file.close()
+  _last = key, movie
+  return movie
+
+
+def _count_frames(local: str, source: str, options: ReadOptions) -> int:
+  movie = _open_movie(local, source, options)
+  return movie.shape[movie.letters.index("T")] if "T" in movie.letters else 1
+
+
+def _read_frame(local: str, source: str, options: ReadOptions) -> Record:
+  movie = _open_movie(local, source, options)
+  letters, shape, page = movie.letters, movie.shape, movie.series.keyframe
+  at = letters.find("T")
+  count = shape[at] if at >= 0 else 1
+  if options.frame >= count:
+    raise ReadError(
+        source, "frames_mismatch", f"frame {options.frame} of {count}",
+        "make the manifest again from the files as they are",
+    )
+  one = shape if at < 0 else (*shape[:at], *shape[at + 1:])
+  check_voxels(one, source, options.max_voxels)
+  apart.allow(6 * math.prod(one) * page.dtype.itemsize + 4 * math.prod(page.chunks))
+  planes = np.arange(math.prod(shape[: len(shape) - len(page.shape)]))
+  planes = planes.reshape(shape[: len(shape) - len(page.shape)])
+  if at >= 0:
+    planes = planes.take(options.frame, at)
+  with border(source, "decode_failed"):
+    array = _planes(movie, planes.ravel())
+  array, _ = _grey(array.reshape(one), letters.replace("T", ""), page, source, options)
+  notes = movie.notes | {
+      "format": f"TIFF ({movie.series.kind})", "axes": letters,
+      "axes_source": movie.origin, "compression": page.compression.name.lower(),
+      "stored_type": str(page.dtype), "frame": options.frame,
+  }
+  return to_record(
+      arrange(array, letters.replace("T", ""), source), movie.spacing, source, options,
+      meta=notes,
+  )
+
+
+def _planes(movie: _Movie, numbers: np.ndarray) -> np.ndarray:
+  """Returns planes of a movie, [n, ...]; nothing else of its pixels is read."""
+  level, page = movie.series.levels[0], movie.series.keyframe
+  if level.dataoffset is None:
+    pages = [level[int(n)].asarray(maxworkers=1) for n in numbers]
+    return np.stack(pages)
+  stored = np.dtype(movie.file.byteorder + page.dtype.char)
+  count = math.prod(page.shape)
+  planes = np.empty((len(numbers), *page.shape), page.dtype)
+  for plane, number in zip(planes, numbers, strict=True):
+    at = level.dataoffset + int(number) * count * stored.itemsize
+    plane[...] = movie.file.filehandle.read_array(
+        stored, count, offset=at
+    ).reshape(page.shape)
+  return planes
+
+
+def _check_directories(data: bytes | mmap.mmap, source: str) -> None:
   """Walks the page directories once; refuses endless ones and what lies outside."""
   order = "<" if data[:2] == b"II" else ">"
   big = b"+" in data[2:4]
@@ -133,7 +284,7 @@ def _check_directories(data: bytes, source: str) -> None:
           source, "truncated",
           f"a page directory of {n:,} entries at byte {at:,} of {len(data):,}",
       )
-    for code, kind, count, start in entry.iter_unpack(memoryview(data)[first:after]):
+    for code, kind, count, start in entry.iter_unpack(data[first:after]):
       size = _TYPE_BYTES.get(kind, 0) * count
       if code < _FIRST_PRIVATE and size > link.size and start + size > len(data):
         raise ReadError(

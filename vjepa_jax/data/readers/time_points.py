@@ -36,7 +36,7 @@ _NOT_TIME = re.compile(
 
 def matches_folder(names: Sequence[str]) -> bool:
   """Says whether these files are volumes of one kind, two or more, and notes."""
-  volumes = _volumes(names)
+  volumes = volumes_of(names)
   endings = {_ending(n) for n in volumes}
   return len(volumes) > 1 and len(endings) == 1 and "" not in endings
 
@@ -51,7 +51,7 @@ def read_folder(path: str, names: Sequence[str], options: ReadOptions) -> Record
     ReadError: irregular_frames where names, numbers, shapes, types or spacings do
       not go together; otherwise as the format's reader.
   """
-  ordered, numbers = _in_order(path, _volumes(names))
+  ordered, numbers = _in_order(path, volumes_of(names))
   # A time point is one volume: T is the folder's.
   one = dataclasses.replace(options, time_step_s=None)
   records = _records(ordered, one)
@@ -76,19 +76,36 @@ def read_folder(path: str, names: Sequence[str], options: ReadOptions) -> Record
   )
 
 
-def _volumes(names: Sequence[str]) -> list[str]:
-  return [
+def volumes_of(names: Sequence[str]) -> list[str]:
+  """Returns the names that may be volumes: neither hidden nor notes.
+
+  Nor what lies in a folder `tracks` beside one folder `images`, as NIH-LS has them.
+  """
+  found = [
       n for n in names
       if not os.path.basename(n).startswith(".") and not n.lower().endswith(_NOTES)
   ]
+  folders = {os.path.dirname(n) for n in found}
+  homes = [os.path.dirname(f) for f in folders if os.path.basename(f) == "images"]
+  if len(homes) == 1:
+    found = [n for n in found if not n.startswith(os.path.join(homes[0], "tracks/"))]
+  return found
 
 
 def _ending(name: str) -> str:
   return next((e for e in _ENDINGS if name.lower().endswith(e)), "")
 
 
-def _in_order(path: str, names: Sequence[str]) -> tuple[list[str], list[int]]:
-  """Sorts names by the one number in which they differ."""
+def number_of(path: str, names: Sequence[str]) -> dict[int, str]:
+  """Returns {number of the time point: name}, in order, gaps as they are.
+
+  Args:
+    path: the folder, for messages.
+    names: its volumes, one or more; they differ in one number only.
+
+  Raises:
+    ReadError: irregular_frames, where the names number no time.
+  """
   parts = {n: re.split(r"(\d+)", n[:len(n) - len(_ending(n))]) for n in names}
   first = parts[names[0]]
   for name, split in parts.items():
@@ -100,6 +117,8 @@ def _in_order(path: str, names: Sequence[str]) -> tuple[list[str], list[int]]:
       )
   columns = [[int(s[i]) for s in parts.values()] for i in range(1, len(first), 2)]
   varying = [column for column in columns if len(set(column)) > 1]
+  if len(names) == 1:  # The last number, as in `embryo_1_t000`.
+    varying = columns[-1:]
   if len(varying) != 1 or len(set(varying[0])) != len(names):
     raise ReadError(
         path, "irregular_frames",
@@ -107,15 +126,21 @@ def _in_order(path: str, names: Sequence[str]) -> tuple[list[str], list[int]]:
         "and not one that differs in each",
         "keep one folder a channel or a view, its files numbered by time",
     )
-  word = os.path.basename(first[2 * columns.index(varying[0])])
+  place = max(n for n, column in enumerate(columns) if column is varying[0])
+  word = os.path.basename(first[2 * place])
   if _NOT_TIME.search(word):
     raise ReadError(
         path, "irregular_frames", f"{word!r} is followed by the number that varies: "
         "these look like recordings of their own",
         "name each file in the manifest, or rename time points to _t000, _t001, ...",
     )
-  ordered = sorted(zip(varying[0], names))
-  numbers = [number for number, _ in ordered]
+  return dict(sorted(zip(varying[0], names)))
+
+
+def _in_order(path: str, names: Sequence[str]) -> tuple[list[str], list[int]]:
+  """Sorts names by the one number in which they differ; refuses gaps."""
+  ordered = number_of(path, names)
+  numbers = list(ordered)
   steps = {after - before for before, after in itertools.pairwise(numbers)}
   if len(steps) > 1:
     there, wanted = set(numbers), range(numbers[0], numbers[-1], min(steps))
@@ -128,7 +153,7 @@ def _in_order(path: str, names: Sequence[str]) -> tuple[list[str], list[int]]:
         f"{count} of {size + 1} time points are missing: {', '.join(map(str, lost))}",
         "copy the missing ones, or split the folder there",
     )
-  return [name for _, name in ordered], numbers
+  return list(ordered.values()), numbers
 
 
 def _records(names: Sequence[str], options: ReadOptions) -> Iterator[Record]:

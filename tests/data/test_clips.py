@@ -1,0 +1,476 @@
+"""Claims of data/clips.py and of its way through the pipeline, on small movies."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from vjepa_jax.data import clips, pipeline, read, scan, storage
+from vjepa_jax.data.manifest import Row
+from vjepa_jax.data.record import DataError, ReadError
+
+tifffile = pytest.importorskip("tifffile", reason="extra formats is not installed")
+
+SHAPE = (4, 8, 10)
+
+
+def volume(embryo: int, t: int, shape=SHAPE) -> np.ndarray:
+  """Returns uint16 voxels of which the last tells embryo and time."""
+  rng = np.random.default_rng([embryo, t])
+  found = rng.integers(100, 200, shape, np.uint16)
+  found[0, 0, 0], found[-1, -1, -1] = 0, 1000 + t
+  return found
+
+
+@pytest.fixture
+def write(tmp_path):
+  """Returns write(embryos, ...) -> manifest, in the layout of NIH-LS."""
+
+  def write_all(
+      lengths, *, drop=(), cut=(), sizes=None, names="_t{:03d}", step=1, stages=True,
+      home="nih-ls",
+  ):
+    lines = ["participant_id\tfilepath\tspacing\ttime_step_s\tsplit"]
+    for n, length in enumerate(lengths):
+      name = f"emb_{n}"
+      folder = tmp_path / home / name
+      (folder / "images").mkdir(parents=True)
+      (folder / "tracks" / "nuclei").mkdir(parents=True)
+      (folder / "tracks" / "nuclei" / "t000-nuclei").write_text("1, 1, 2")
+      (folder / "tracks" / "tracks_polar_bodies.txt").write_text("t\tz\n0\t1\n" * 50)
+      counts = []
+      for t in range(length):
+        counts += [t * step] * 2 ** (4 * t // max(length, 1))
+        if (n, t) in drop:
+          continue
+        path = folder / "images" / f"{name}{names.format(t * step)}.tif"
+        shape = (sizes or {}).get((n, t), SHAPE)
+        tifffile.imwrite(
+            path, volume(n, t, shape), metadata=None, photometric="minisblack"
+        )
+        if (n, t) in cut:
+          path.write_bytes(path.read_bytes()[:-60])
+      if stages:
+        (folder / "tracks" / "tracks.txt").write_text(
+            "t\tz\n" + "".join(f"{t}\t1\n" for t in counts)
+        )
+      split = "validation" if n == len(lengths) - 1 else "train"
+      lines.append(f"{name}\t{home}/{name}\t[0.002, 0.001, 0.001]\t60\t{split}")
+    path = tmp_path / "manifest.tsv"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+  return write_all
+
+
+def open_clips(manifest, **options):
+  given = dict(
+      canvas=SHAPE, resample="spacing", spacing_mm=(0.002, 0.001, 0.001),
+      splits="split", clip=dict(frames=4), max_lost_fraction=0.5, max_bad_fraction=0.5,
+  )
+  return pipeline.open_data(manifest, **given | options)
+
+
+def times(record) -> list[int]:
+  """Returns the time points of a clip, by their last voxels: all else is noise."""
+  return record.volume[:, -1, -1, -1, 0].tolist()
+
+
+@pytest.mark.parametrize("length, frames, stride, last", [
+    (400, 16, 1, 384), (400, 16, 2, 369), (16, 16, 1, 0), (15, 16, 1, -1), (5, 1, 7, 4),
+])
+def test_the_last_start_is_the_last_that_fits(length, frames, stride, last):
+  assert clips.max_start(length, frames, stride) == last
+  found = clips.starts(range(length), frames=frames, stride=stride, step=1)
+  assert found == list(range(last + 1))
+
+
+@pytest.mark.parametrize("frames", [1, 3, 4])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 7, 12, 25])
+def test_evaluation_shows_each_time_point_that_a_clip_can_show(frames, stride, length):
+  numbers = set(range(length)) - {5}
+  options = dict(frames=frames, stride=stride)
+  shown = lambda step: [
+      s + n * stride for s in clips.starts(numbers, step=step, **options)
+      for n in range(frames)
+  ]
+  assert set(shown(0)) == set(shown(1)) <= numbers
+  assert len(shown(0)) <= 2 * len(numbers)
+  if 5 >= length and length % (frames * stride) == 0:
+    assert sorted(shown(0)) == sorted(numbers)
+
+
+def test_clips_hold_their_time_points_in_numeric_order(write):
+  data = open_clips(write([12, 12], names="_t{}"), clip=dict(frames=4, stride=2))
+  train = data.splits["train"]
+  assert [row.numbers for row in train.rows[:2]] == [(0, 2, 4, 6), (1, 3, 5, 7)]
+  assert len(train) == clips.max_start(12, 4, 2) + 1
+  record = train[3]
+  assert record.volume.shape == (4, *SHAPE, 1) and record.volume.dtype == np.uint8
+  assert record.subject == "emb_0" and record.meta["start"] == 3
+  np.testing.assert_allclose(record.spacing, [120, 0.002, 0.001, 0.001])
+  # Noise is the same in no two time points, so this tells them.
+  singles = [train[n].volume[0] for n in (3, 5)]
+  np.testing.assert_array_equal(record.volume[:2], singles)
+
+
+def test_a_movie_has_one_range_of_values_one_mean_and_one_std(write):
+  data = open_clips(write([12, 12]))
+  train = data.splits["train"]
+  records = [train[n] for n in range(len(train))]
+  assert len({(r.mean, r.std) for r in records}) == 1
+  low, high = np.percentile(
+      [volume(0, t) for t in np.linspace(0, 11, 9).round().astype(int)], (0.5, 99.8)
+  )
+  for start in (0, 8):
+    wanted = np.stack([volume(0, t) for t in range(start, start + 4)]).astype(float)
+    wanted = np.clip((wanted - low) / (high - low), 0, 1) * 255
+    got = records[start].volume[..., 0]
+    assert np.abs(got - wanted).max() <= 0.51
+  every = np.stack([r.volume[0] for r in records])
+  assert abs(records[0].mean - every.mean()) < 2 and abs(
+      records[0].std - every.std()
+  ) < 2
+  assert open_clips(
+      data.report["manifest"], percentiles=(10, 90)
+  ).splits["train"][0].mean > records[0].mean
+
+
+def test_embryos_are_in_one_split_each(write):
+  data = open_clips(
+      write([8] * 7), splits=dict(train=0.6, validation=0.2, test=0.2), stratify=()
+  )
+  people = {k: {r.participant for r in v.rows} for k, v in data.splits.items()}
+  assert sorted(len(p) for p in people.values()) == [1, 2, 4]
+  assert len(set.union(*people.values())) == 7
+  files = {k: {f.path for r in v.rows for f in r.frames} for k, v in data.splits.items()}
+  assert sum(map(len, files.values())) == len(set.union(*files.values())) == 56
+
+
+@pytest.mark.parametrize("blocks, gap", [(1, None), (2, 3), (3, 0)])
+def test_one_embryo_is_split_by_time_with_a_gap(write, blocks, gap):
+  data = open_clips(
+      write([60]), splits=dict(train=0.6, validation=0.4),
+      clip=dict(frames=3, stride=2, time_blocks=blocks, gap=gap),
+  )
+  used = {k: {n for r in v.rows for n in r.numbers} for k, v in data.splits.items()}
+  near = min(abs(a - b) for a in used["train"] for b in used["validation"])
+  assert near > (5 if gap is None else gap)
+  assert len(used["train"]) > len(used["validation"]) > 5
+  for name, volumes in data.splits.items():
+    frames = {f.id for r in volumes.rows for f in r.frames}
+    assert len(frames) == len(used[name])
+  assert data.report["clips"]["time_blocks"] == blocks
+
+
+def test_one_embryo_by_embryos_and_blocks_too_short_are_refused(write):
+  manifest = write([20])
+  with pytest.raises(DataError, match="1 participant"):
+    open_clips(manifest, splits=dict(train=0.6, validation=0.4))
+  with pytest.raises(DataError, match="validation have no clip of 4.*fewer time_blocks"):
+    open_clips(
+        manifest, splits=dict(train=0.8, validation=0.2),
+        clip=dict(frames=4, time_blocks=2),
+    )
+  with pytest.raises(DataError, match="time_blocks"):
+    open_clips(manifest, clip=dict(frames=4, time_blocks=1))
+
+
+def test_missing_time_points_lose_the_clips_that_need_them(write):
+  data = open_clips(write([12, 12], drop={(0, 5), (1, 0)}))
+  rows = data.splits["train"].rows
+  assert [row.start for row in rows] == [0, 1, 6, 7, 8]
+  assert data.report["clips"]["missing_time_points"] == 1  # A late start is none.
+  assert data.report["clips"]["splits"]["validation"]["in_no_clip"] == 0
+  numbers = {n for row in data.splits["validation"].rows for n in row.numbers}
+  assert numbers == set(range(1, 12))
+
+
+def test_a_broken_time_point_is_quarantined_once_and_its_clips_are_gone(write):
+  manifest = write([12, 12], cut={(0, 5)})
+  data = open_clips(manifest)
+  assert [row.start for row in data.splits["train"].rows] == [0, 1, 6, 7, 8]
+  assert [bad.reason for bad in data.quarantine] == ["truncated"]
+  assert data.report["read"] == 24
+  lazy = open_clips(manifest, validate="lazy", cache="none").splits["train"]
+  elements = [lazy.element(n) for n in range(len(lazy))]
+  assert [n for n, e in enumerate(elements) if e is None] == [2, 3, 4, 5]
+  assert len(lazy.ledger.bad()) == 1
+
+
+def test_a_time_point_of_another_size_is_named_and_quarantined(write):
+  data = open_clips(write([12, 12], sizes={(0, 11): (4, 8, 12), (1, 0): (3, 8, 10)}))
+  assert {bad.reason for bad in data.quarantine} == {"irregular_frames"}
+  assert "(4, 8, 12, 1)" in data.quarantine[0].detail
+  assert [row.start for row in data.splits["train"].rows] == list(range(8))
+
+
+def test_movies_shorter_than_a_clip_are_lost_and_counted(write):
+  manifest = write([12, 3, 12])
+  data = open_clips(manifest)
+  assert data.report["lost"] == {"shorter_than_clip": 1}
+  assert {row.participant for row in data.splits["train"].rows} == {"emb_0"}
+  with pytest.raises(DataError, match="shorter_than_clip 1.*max_lost_fraction"):
+    open_clips(manifest, max_lost_fraction=0.1)
+  with pytest.raises(DataError, match="lost for reasons.*shorter_than_clip 3"):
+    open_clips(manifest, clip=dict(frames=13))
+
+
+def test_a_movie_with_too_many_gaps_for_any_clip_is_lost_by_its_own_reason(write):
+  gaps = {(0, t) for t in (2, 5, 8, 11)}
+  data = open_clips(write([12, 12, 12], drop=gaps))
+  assert data.report["lost"] == {"no_whole_clip": 1}
+
+
+def test_a_folder_that_is_not_there_is_lost_and_counted(write):
+  manifest = write([8, 8])
+  with open(manifest, "a", encoding="utf-8") as file:
+    file.write("emb_9\tnih-ls/emb_9\t\t60\ttrain\n")
+  assert open_clips(manifest).report["lost"] == {"missing_file": 1}
+
+
+def test_numbers_that_go_on_by_five_are_one_step_each(write):
+  data = open_clips(
+      write([10, 8], step=5, drop={(0, 3)}), clip=dict(frames=3, stride=2),
+      stages=dict(taxonomy="count"),
+  )
+  rows = data.splits["train"].rows
+  assert rows[0].numbers == (0, 10, 20) and rows[0].spacing == (0.002, 0.001, 0.001)
+  assert 3 * 5 not in {n for row in rows for n in row.numbers}
+  assert data.report["clips"]["missing_time_points"] == 1
+  assert data.splits["train"][0].spacing[0] == 120
+
+
+@pytest.mark.parametrize("names", [("e_t0", "e_t2", "e_t5"), ("a_t1", "b_t2"), ("x", "y")])
+def test_names_that_number_no_even_time_are_refused(tmp_path, names):
+  for name in names:
+    tifffile.imwrite(tmp_path / f"{name}.tif", volume(0, 0))
+  with pytest.raises(ReadError, match="irregular_frames"):
+    clips.list_movie(Row(str(tmp_path), "e"))
+
+
+@pytest.mark.parametrize("where", ["", "images"])
+def test_a_plain_folder_of_time_points_is_a_movie(tmp_path, where):
+  folder = tmp_path / "embryo" / where
+  folder.mkdir(parents=True)
+  for t in (10, 9, 2):
+    tifffile.imwrite(folder / f"e1_t{t}.tif", volume(0, t), metadata=None, photometric="minisblack")
+  (folder / "notes.txt").write_text("x")
+  movie = clips.list_movie(Row(str(folder), "e"))
+  assert list(movie.frames) == [2, 9, 10] and movie.missing == 6
+  assert movie.home == str(tmp_path / "embryo")
+  assert not [row for row in movie.frames.values() if "notes" in row.path]
+
+
+def test_stages_of_time_points_come_with_the_batch(write):
+  data = open_clips(write([16, 16]), stages=dict(taxonomy="count"))
+  assert data.labels[:4] == ("1-cell", "2-cell", "4-cell", "8-cell")
+  batch = next(pipeline.train_iterator(data.splits["train"], batch_size=3, seed=0))
+  assert batch["frame_label"].shape == (3, 4) and batch["frame_label"].dtype == np.int32
+  for index, labels, label in zip(batch["index"], batch["frame_label"], batch["label"]):
+    row = data.splits["train"].rows[index]
+    assert labels.tolist() == [n // 4 for n in row.numbers] and label == labels[2]
+  last = list(pipeline.eval_batches(data.splits["validation"], 3))[-1]
+  assert last["_mask"].tolist() == [1, 0, 0]
+  assert (last["frame_label"][1:] == -1).all() and (last["label"][1:] == -1).all()
+
+
+def test_without_stages_a_batch_has_no_frame_labels(write):
+  data = open_clips(write([8, 8]))
+  assert "frame_label" not in data.splits["train"].element(0)
+  with pytest.raises(ValueError, match="clip"):
+    open_clips(data.report["manifest"], clip=None, stages=dict(taxonomy="count"))
+
+
+def test_time_points_without_a_stage_are_minus_one_and_counted(write, tmp_path):
+  manifest = write([8, 8, 8])
+  tracks = tmp_path / "nih-ls" / "emb_0" / "tracks" / "tracks.txt"
+  tracks.write_text("t\tx\n" + "".join(f"{t}\t1\n" for t in (0, 1, 2, 90)))
+  (tmp_path / "nih-ls" / "emb_1" / "tracks" / "tracks.txt").unlink()
+  data = open_clips(manifest, stages=dict(taxonomy="count"))
+  train = data.splits["train"]
+  assert train.element(0)["frame_label"].tolist() == [0, 0, 0, -1]
+  assert train.element(len(train) - 1)["frame_label"].tolist() == [-1] * 4
+  assert train.element(len(train) - 1)["label"] == -1
+  report = data.report["stages"]
+  assert report["dropped"] == {
+      "no stage": 13, "counts: no file": 1, "counts: no such time point": 1,
+  }
+  assert report["movies_without"] == [train.rows[-1].path]
+  assert report["time_points"]["train"]["without"] == 13
+
+
+def test_a_stage_that_training_lacks_is_reported(write, tmp_path, caplog):
+  manifest = write([8, 8])
+  tracks = tmp_path / "nih-ls" / "emb_0" / "tracks" / "tracks.txt"
+  tracks.write_text("t\n" + "".join(f"{t}\n" for t in range(8)))
+  report = open_clips(manifest, stages=dict(taxonomy="count")).report["stages"]
+  assert report["absent_but_elsewhere"] == {
+      "validation": {"2-cell": 2, "4-cell": 2, "8-cell": 2}
+  }
+  assert "2-cell" in report["absent_from_training"] and "2-cell" in caplog.text
+  json.dumps(report)
+
+
+def test_a_file_of_tracks_that_is_none_stops_the_run_by_its_name(write, tmp_path):
+  manifest = write([8, 8])
+  (tmp_path / "nih-ls" / "emb_0" / "tracks" / "tracks.txt").write_text("z\ty\n1\t2\n")
+  with pytest.raises(DataError, match="emb_0/tracks/tracks.txt.*column t"):
+    open_clips(manifest, stages=dict(taxonomy="count"))
+
+
+def test_shards_and_workers_give_the_same_clips(write, tmp_path):
+  manifest = write([10, 8], cut={(0, 2)})
+  wanted = open_clips(manifest)
+  shards = open_clips(manifest, cache=str(tmp_path / "shards"))
+  workers = open_clips(manifest, workers=1, cache="none")
+  again = open_clips(manifest, cache=str(tmp_path / "shards"))
+  try:
+    for split, volumes in wanted.splits.items():
+      for n in range(len(volumes)):
+        for other in (shards, workers, again):
+          record = other.splits[split][n]
+          np.testing.assert_array_equal(record.volume, volumes[n].volume)
+          assert abs(record.mean - volumes[n].mean) < 1e-6
+          assert abs(record.std - volumes[n].std) < 1e-6
+  finally:
+    workers.close()
+  (report,) = (tmp_path / "shards").glob("*/report.json")
+  splits = json.loads(report.read_text())["splits"]
+  # Each time point once, however many clips it is in.
+  assert {name: split["canvases"] for name, split in splits.items()} == {
+      "train": 9, "validation": 8,
+  }
+
+
+def test_a_clip_reads_its_own_time_points_and_no_other(write, tmp_path):
+  data = open_clips(write([40, 8]), validate="lazy", cache="none")
+  train = data.splits["train"]
+  train[0]  # The range of values of the movie takes nine of them.
+  images = tmp_path / "nih-ls" / "emb_0" / "images"
+  for t in range(20, 40):
+    (images / f"emb_0_t{t:03d}.tif").unlink()
+  assert train[16].volume.shape[0] == 4
+  with pytest.raises(ReadError, match="missing_file"):
+    train[17]
+
+
+def test_one_file_of_all_time_points_gives_the_same_clips(write, tmp_path):
+  manifest = write([12, 8], stages=False)
+  movie = np.stack([volume(0, t) for t in range(12)])
+  wanted = open_clips(manifest).splits["train"]
+  for name, how in (
+      ("plain", dict(metadata={"axes": "TZYX"})), ("imagej", dict(imagej=True)),
+      ("ome", dict(ome=True, metadata={"axes": "TZYX"})),
+      ("zip", dict(metadata={"axes": "TZYX"}, compression="zlib")),
+      ("swap", dict(metadata={"axes": "TZYX"}, byteorder=">")),
+      ("ztyx", dict(metadata={"axes": "ZTYX"})),
+  ):
+    path = tmp_path / f"{name}.tif"
+    array = movie.swapaxes(0, 1) if name == "ztyx" else movie
+    if name == "imagej":
+      how["metadata"] = {"axes": "TZYX"}
+    tifffile.imwrite(path, array, photometric="minisblack", **how)
+    lines = open(manifest, encoding="utf-8").read().replace("nih-ls/emb_0", path.name)
+    (tmp_path / f"{name}.tsv").write_text(lines)
+    found = open_clips(str(tmp_path / f"{name}.tsv")).splits["train"]
+    assert len(found) == len(wanted) == 9 and found.rows[2].numbers == (2, 3, 4, 5)
+    for n in (0, 8):
+      np.testing.assert_array_equal(found[n].volume, wanted[n].volume, name)
+
+
+def test_rows_of_clips_can_be_sent_to_processes(write):
+  data = open_clips(write([8, 8]))
+  volumes = data.splits["train"]
+  other = pickle.loads(pickle.dumps(volumes))
+  np.testing.assert_array_equal(other[1].volume, volumes[1].volume)
+  assert other.rows[1].id == volumes.rows[1].id == f"{volumes.rows[1].path}::t1+4x1"
+
+
+def test_clips_in_a_bucket_are_those_of_the_disk(write, bucket, tmp_path):
+  manifest = write([8, 8])
+  for entry in storage.list_entries(str(tmp_path)):
+    if entry.size:
+      storage.upload(entry.path, bucket.url + entry.path[len(str(tmp_path)):])
+  stages = dict(taxonomy="count")
+  local = open_clips(manifest, stages=stages).splits["train"]
+  remote = open_clips(f"{bucket.url}/manifest.tsv", stages=stages).splits["train"]
+  np.testing.assert_array_equal(local[2].volume, remote[2].volume)
+  np.testing.assert_array_equal(local.stage_ids, remote.stage_ids)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(), "frames: missing"), (dict(frames=0), "frames is 0"),
+    (dict(frames=4, stride=0), "stride is 0"), (dict(frames=4, step=0), "step is 0"),
+    (dict(frames=4, time_blocks=-1), "time_blocks"), (dict(frames=2.5), "2.5"),
+    (dict(frames=True), "True"), (dict(frames=4, gap=-1), "gap"),
+])
+def test_options_out_of_range_are_refused(options, words):
+  assert any(words in fault for fault in clips.clip_option_faults(options))
+  with pytest.raises((ValueError, TypeError)):
+    clips.ClipOptions(**options)
+
+
+def test_a_scan_makes_one_row_of_each_embryo(write, tmp_path):
+  write([6, 5, 1])
+  manifest = str(tmp_path / "nih.tsv")
+  found = scan.scan(str(tmp_path / "nih-ls"), output=manifest)
+  by_name = {row.participant: row for row in found.rows}
+  assert {"emb_0", "emb_1"} <= set(by_name) and len(found.rows) == 2
+  assert by_name["emb_0"].path == str(tmp_path / "nih-ls" / "emb_0")
+  assert found.lost == {"no_participant": 1}  # One time point is no movie.
+  data = open_clips(
+      manifest, splits=dict(train=0.5, validation=0.5), clip=dict(frames=2),
+      reader=dict(manifest_spacing=(0.002, 0.001, 0.001), time_step_s=60.0),
+      stages=dict(taxonomy="count"),
+  )
+  assert sum(map(len, data.splits.values())) in (8, 7)
+  np.testing.assert_allclose(data.splits["train"][0].spacing, [60, 0.002, 0.001, 0.001])
+
+
+def test_the_folder_of_an_embryo_reads_as_one_movie(write, tmp_path):
+  write([3, 2])
+  record = read(str(tmp_path / "nih-ls" / "emb_0"))
+  np.testing.assert_array_equal(
+      record.volume[..., 0], np.stack([volume(0, t) for t in range(3)])
+  )
+
+
+def test_a_whole_egg_fits_or_the_share_beyond_the_canvas_is_told(write):
+  manifest = write([8, 8])
+  coarse = dict(spacing_mm=(0.004, 0.002, 0.002), canvas=(2, 4, 5))
+  data = open_clips(manifest, **coarse)
+  assert data.report["cut"] == 0 and data.report["padding"] == 0
+  np.testing.assert_allclose(data.splits["train"][0].spacing[1:], coarse["spacing_mm"])
+  data = open_clips(manifest, **coarse | dict(canvas=(2, 4, 4)))
+  assert abs(data.report["cut"] - 0.2) < 1e-6 and data.report["padding"] == 0
+  data = open_clips(manifest, **coarse | dict(canvas=(4, 4, 5)))
+  assert data.report["cut"] == 0 and data.report["padding"] == 0.5
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_tracks_of_any_content_stop_by_name_or_count_their_losses(write, tmp_path, seed):
+  manifest = write([6, 6])
+  tracks = tmp_path / "nih-ls" / "emb_0" / "tracks" / "tracks.txt"
+  whole, rng = tracks.read_bytes(), np.random.default_rng(seed)
+  outcomes = set()
+  for trial in range(25):
+    content = bytearray(whole)
+    # Every other time within the header.
+    reach = len(content) if trial % 2 else 3
+    for at in rng.integers(0, reach, rng.integers(1, 5)):
+      content[at] = rng.integers(256)
+    tracks.write_bytes(content[: rng.integers(1, len(content) + 1)])
+    try:
+      (source,) = pipeline.plan(
+          manifest, splits="split", clip=dict(frames=4), stages=dict(taxonomy="count")
+      )
+      shown = source.facts["stages"]["time_points"]["train"]
+      assert sum(shown.values()) == 6
+      outcomes.add("read")
+    except DataError as error:
+      assert "tracks.txt" in str(error)
+      outcomes.add("named")
+  assert outcomes == {"read", "named"}

@@ -1,0 +1,314 @@
+"""Claims of data/stages.py: which stage a time point shows, and what is left out."""
+
+import json
+import random
+
+import pytest
+
+from vjepa_jax.data import phantom_embryos, stages
+from vjepa_jax.data.record import DataError
+from vjepa_jax.data.stages import StageOptions
+
+VLM14 = stages.TAXONOMIES["vlm14"]
+
+
+def entry(number, response, **more):
+  return {
+      "timepoint_minutes": number, "frame_index": number,
+      "frame_path": f"1_png\\frame_{number}.png", "cell_count": "unknown",
+      "response": response, "timestamp": "2024-01-01T00:00:00", **more,
+  }
+
+
+def answers(*entries):
+  return stages.read_answers(json.dumps(entries).encode(), "answers.json")
+
+
+RULED_OUT = (
+    "\n## 2. Confidence: **0.85**\n## 3. Reasoning\n- **1-cell** stage: ruled out\n"
+    "- ~44-cell: too few\n- could become 2-fold\n"
+)
+
+
+@pytest.mark.parametrize("header, stage", [
+    ("## 1. Developmental Stage: **~90-cell**", "~90-cell"),
+    ("## 1. Developmental Stage: ~90-cell", "~90-cell"),
+    ("1. Developmental Stage: ~90-cell stage", "~90-cell"),
+    ("1. **Developmental Stage**: 2-cell", "2-cell"),
+    ("**1. Developmental Stage:** 8-cell", "8-cell"),
+    ("**Developmental Stage: 1.5-fold**", "1.5-fold"),
+    ("### Developmental Stage\n**comma** stage", "comma"),
+    ("## 1. Developmental Stage: **~90-cell** (gastrulation stage)", "~90-cell"),
+    ("## 1. Developmental Stage: comma (~550 cells)", "comma"),
+    ("## 1. Developmental Stage: ~550-cell", "comma"),
+    ("## 1. Developmental Stage: gastrulation (~190-cell)", "~190-cell"),
+    ("# Developmental Stage Analysis\n\n**~350-cell** (late gastrulation)", "~350-cell"),
+    ("# Developmental Stage Analysis\n\nDevelopmental Stage: ~24-cell", "~24-cell"),
+    ("Based on the picture:\n\n## 1. Developmental Stage: **3-fold**", "3-fold"),
+    ("## 1. DEVELOPMENTAL STAGE: Two-cell stage", "2-cell"),
+    ("## 1. Developmental Stage - 14 cells", "~14-cell"),
+])
+def test_a_header_of_any_form_gives_its_stage_and_nothing_below_it(header, stage):
+  assert stages.stage_of_answer(header + RULED_OUT) == (stage, "")
+
+
+@pytest.mark.parametrize("header, reason", [
+    ("## 1. Developmental Stage: **1.5-fold to 2-fold**", "ambiguous"),
+    ("## 1. Developmental Stage: **1.5-fold** or **2-fold**", "ambiguous"),
+    ("## 1. Developmental Stage: comma/1.5-fold", "ambiguous"),
+    ("## 1. Developmental Stage: 1.5-2-fold", "ambiguous"),
+    ("## 1. Developmental Stage: ~44 to ~90-cell", "ambiguous"),
+    ("## 1. Developmental Stage: 2\u20134 cells", "ambiguous"),
+    ("## 1. Developmental Stage: not 2-cell", "ambiguous"),
+    ("## 1. Developmental Stage: comma or later", "ambiguous"),
+    ("## 1. Developmental Stage: beyond ~350-cell", "ambiguous"),
+    ("## 1. Developmental Stage: 350+ cells", "ambiguous"),
+    ("## 1. Developmental Stage: >350-cell", "ambiguous"),
+    ("## 1. Developmental Stage: ~100-cell", "unknown stage"),
+    ("## 1. Developmental Stage: 6-cell", "unknown stage"),
+    ("## 1. Developmental Stage: gastrulation", "unknown stage"),
+    ("## 1. Developmental Stage: 4-fold", "unknown stage"),
+    ("## 1. Developmental Stage:", "no stage section"),
+    ("## 1. Developmental Stage:\n## 2. Confidence: 2-cell", "no stage section"),
+    ("The embryo is a 2-cell embryo.", "no stage section"),
+    ("## 2. Confidence: 0.9\n2-cell", "no stage section"),
+    ("", "no stage section"),
+])
+def test_what_is_ambiguous_or_unknown_gets_no_stage(header, reason):
+  assert stages.stage_of_answer(header + RULED_OUT) == ("", reason)
+
+
+def test_answers_are_matched_by_frame_index_and_losses_counted():
+  good = "## 1. Developmental Stage: **{}**" + RULED_OUT
+  found, losses = answers(
+      entry(7, good.format("2-cell")), entry(3, good.format("~14-cell"), success=True),
+      entry(4, "ERROR: overloaded"), entry(5, good.format("comma"), success=False),
+      entry(6, good.format("comma to 1.5-fold")), entry(8, None),
+      {"response": good.format("comma")}, entry("9", good.format("comma")),
+      entry(-1, good.format("comma")), entry(True, good.format("comma")), "text",
+      entry(10, good.format("comma")), entry(10, good.format("2-fold")),
+      entry(11, good.format("2-fold")), entry(11, good.format("2-fold")),
+  )
+  assert found == {7: "2-cell", 3: "~14-cell", 11: "2-fold"}
+  assert losses == {
+      "failed": 3, "ambiguous": 1, "no frame_index": 4,
+      "no answer": 1, "answers differ": 1,
+  }
+
+
+def test_the_phantom_s_own_answers_are_read():
+  import numpy as np
+
+  _, truth = phantom_embryos.embryo(np.random.default_rng(0), shape=(8, 16, 16))
+  made = phantom_embryos.answers(truth)
+  found, losses = answers(*made)
+  assert len(found) + losses["failed"] == len(made) and losses["failed"] > 1
+  names = {**dict(enumerate(phantom_embryos.STAGES)), 6: "comma", 7: "2-fold"}
+  assert all(found[n] == names[truth.stages[n]] for n in found)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[" * 100_000, b"null", b"{}", b"3", b"\xff\xfe\x00", b"[1e999999]x",
+])
+def test_an_answer_file_of_another_kind_is_named(content):
+  with pytest.raises(DataError, match="answers.json"):
+    stages.read_answers(content, "answers.json")
+
+
+@pytest.mark.parametrize("cells, stage", [
+    (1, "1-cell"), (2, "2-cell"), (3, "4-cell"), (5, "4-cell"), (6, "8-cell"),
+    (10, "8-cell"), (11, "~14-cell"), (18, "~14-cell"), (19, "~24-cell"),
+    (32, "~24-cell"), (33, "~44-cell"), (62, "~44-cell"), (63, "~90-cell"),
+    (130, "~90-cell"), (131, "~190-cell"), (257, "~190-cell"), (258, "~350-cell"),
+    (438, "~350-cell"), (439, "elongation"), (574, "elongation"),
+])
+def test_counts_meet_the_geometric_midpoints(cells, stage):
+  assert stages.stage_of_count(cells) == stage
+
+
+def test_edges_are_geometric_midpoints_of_the_nominal_counts():
+  nominal = (1, 2, 4, 8, 14, 24, 44, 90, 190, 350, 550)
+  for edge, low, high in zip(stages.EDGES, nominal[:-1], nominal[1:], strict=True):
+    assert abs(edge / (low * high) ** 0.5 - 1) < 0.015
+
+
+@pytest.mark.parametrize("taxonomy, found, lost", [
+    ("vlm14", {0: "2-cell", 1: "~14-cell", 2: "~90-cell"}, {"no class for elongation"}),
+    ("count", {0: "2-cell", 1: "~14-cell", 2: "~90-cell", 3: "elongation"}, set()),
+    ("worm10", {0: "2-cell", 2: "early gastrulation"},
+     {"no class for ~14-cell", "no class for elongation"}),
+])
+def test_a_count_without_a_class_is_dropped_and_not_moved(
+    tmp_path, taxonomy, found, lost
+):
+  write_tracks(tmp_path, [2, 14, 104, 560])
+  stated, losses = stages.stages_of(
+      StageOptions(taxonomy=taxonomy), str(tmp_path), "e", range(4)
+  )
+  assert stated == found
+  assert {k.removeprefix("counts: ") for k in losses if "class" in k} == lost
+
+
+def write_tracks(folder, counts, head="t\tz\ty\tx\tcell_id\tparent_id\ttrack_id"):
+  (folder / "tracks").mkdir(exist_ok=True)
+  lines = [head] + [
+      f"{t}\t1.0\t2.0\t3.0\t{n}\t-1" for t, count in enumerate(counts)
+      for n in range(count)
+  ]
+  random.Random(0).shuffle(lines[1:])
+  (folder / "tracks" / "tracks.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("text", [
+    "t\tz\ty\tx\tcell_id\tparent_id\ttrack_id\tradius\tname\tdiv_state\n"
+    "0\t1\t2\t3\t1\t-1\t1\t4.2\tAB a\t0\n1\t1\t2\t3\t2\t1\t1\t4\t\t\n1\t1\t2\t3\t3\t1\n",
+    "x\ty\tz\tt\n1\t2\t3\t0\n1\t2\t3\t1\n1\t2\t3\t1.0\n",
+    "# t z y x\n0 1 2 3\n1 1 2 3\n\n1 1 2 3\n",
+    "T,Z\n0,1\n1,1\n1,2\n",
+    "\ufefft\r\n0\r\n1\r\n1\r\n",
+])
+def test_tracks_are_read_by_the_names_of_their_header(text):
+  assert stages.read_tracks(text.encode(), "tracks.txt") == ({0: 1, 1: 2}, {})
+
+
+def test_rows_of_tracks_without_a_time_are_counted():
+  text = "z\tt\n1\t0\n1\n1\t\n1\tnan\n1\t-1\n1\t0.5\n1\tinf\n1\t0\n"
+  counts, losses = stages.read_tracks(text.encode(), "tracks.txt")
+  assert counts == {0: 2} and losses == {"row without a time": 6}
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "z\ty\n1\t2\n", "t\tt\n1\t1\n", "t\tz\n"])
+def test_tracks_without_a_time_column_are_named(text):
+  with pytest.raises(DataError, match="tracks.txt"):
+    stages.read_tracks(text.encode(), "tracks.txt")
+
+
+def test_labels_of_time_points_that_are_not_there_are_dropped_and_counted(tmp_path):
+  write_tracks(tmp_path, [1, 2, 2, 4])
+  found, losses = stages.stages_of(StageOptions(), str(tmp_path), "e", [1, 2, 9])
+  assert found == {1: "2-cell", 2: "2-cell"}
+  assert losses == {"counts: no such time point": 2, "no stage": 1}
+
+
+def test_the_first_source_that_knows_decides_and_what_differs_is_counted(tmp_path):
+  write_tracks(tmp_path, [2, 2, 560, 560])
+  text = "## Developmental Stage: {}"
+  (tmp_path / "embryo_classifications_all.json").write_text(json.dumps([
+      entry(1, text.format("4-cell")), entry(2, text.format("comma")),
+  ]))
+  options = StageOptions(sources=("counts", "answers"))
+  found, losses = stages.stages_of(options, str(tmp_path), "e", range(4))
+  assert found == {0: "2-cell", 1: "2-cell", 2: "comma"}
+  assert losses == {
+      "counts: no class for elongation": 2, "sources differ": 1, "no stage": 1,
+  }
+
+
+def test_a_file_that_is_not_there_is_counted_and_another_embryo_s_is_not_taken(tmp_path):
+  for name in ("a", "b"):
+    (tmp_path / name).mkdir()
+  path = tmp_path / "answers.json"
+  path.write_text(json.dumps([entry(0, "## Developmental Stage: comma")]))
+  options = StageOptions(sources=("answers",), answers={"a": str(path)})
+  assert stages.stages_of(options, str(tmp_path / "a"), "a", [0])[0] == {0: "comma"}
+  found, losses = stages.stages_of(options, str(tmp_path / "b"), "b", [0])
+  assert not found and losses == {"answers: no file": 1, "no stage": 1}
+  options = StageOptions(sources=("answers",), answers=str(path))
+  assert not stages.stages_of(options, str(tmp_path / "b"), "b", [0])[0]
+
+
+@pytest.mark.parametrize("text, found, losses", [
+    ("t\tstage\n1\tb\n0\ta\n", {1: "b", 0: "a"}, {}),
+    ("who\tstage\tt\nx\ta\t0\nx\t\t1\nx\tq\t2\nx\ta\n",
+     {0: "a"}, {"no stage given": 1, "row without a time": 1, "no class for q": 1}),
+    ("t\tstage\n0\ta\n0\tb\n1\ta\n1\ta\n", {1: "a"}, {"rows differ": 1}),
+])
+def test_a_table_of_stages_is_read(tmp_path, text, found, losses):
+  (tmp_path / "stages.tsv").write_text(text)
+  options = StageOptions(taxonomy=("a", "b"), sources=("table",))
+  stated, lost = stages.stages_of(options, str(tmp_path), "e", found)
+  lost.pop("no stage", None)
+  assert stated == found and lost == {f"table: {k}": n for k, n in losses.items()}
+
+
+def test_a_table_without_its_columns_is_named():
+  with pytest.raises(DataError, match="columns t and stage; found time"):
+    stages.read_table(b"time\tlabel\n0\ta\n", "stages.tsv")
+
+
+def test_classes_are_in_the_order_of_development_whatever_the_file_s_order(tmp_path):
+  assert VLM14[0] == "1-cell" and VLM14[-1] == "3-fold" and len(VLM14) == 14
+  for name, classes in stages.TAXONOMIES.items():
+    assert StageOptions(taxonomy=name).classes == classes
+    assert len(set(classes)) == len(classes)
+  text = "## Developmental Stage: {}"
+  entries = [entry(n, text.format(name)) for n, name in enumerate(VLM14)]
+  shuffled = random.Random(1).sample(entries, len(entries))
+  assert answers(*entries) == answers(*shuffled)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(taxonomy="vlm10"), "vlm14"), (dict(taxonomy=("a", "a")), "different"),
+    (dict(sources=()), "counts"), (dict(sources=("vlm",)), "answers"),
+    (dict(tracks=3), "tracks"), (dict(answers=3), "answers"),
+])
+def test_options_out_of_range_are_refused(options, words):
+  with pytest.raises(ValueError, match=words):
+    StageOptions(**options)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mutated_tables_and_answers_give_an_error_or_a_loss(seed):
+  rng = random.Random(seed)
+  tracks = "t\tz\ty\tx\tcell_id\n" + "".join(
+      f"{t}\t1.5\t2\t3\t{t}\n" for t in range(20)
+  )
+  said = [
+      entry(n, f"## 1. Developmental Stage: **{name}**" + RULED_OUT)
+      for n, name in enumerate(VLM14)
+  ]
+  table = "t\tstage\n" + "".join(f"{n}\t{name}\n" for n, name in enumerate(VLM14))
+  errors, read = 0, 0
+  for reader, text in (
+      (stages.read_tracks, tracks), (stages.read_answers, json.dumps(said)),
+      (stages.read_table, table),
+  ):
+    for _ in range(300):
+      content = bytearray(text.encode())
+      for _ in range(rng.randint(1, 6)):
+        at = rng.randrange(len(content))
+        how = rng.random()
+        if how < 0.5:
+          content[at] = rng.randrange(256)
+        elif how < 0.7:
+          del content[at:at + rng.randint(1, 50)]
+        elif how < 0.9:
+          content[at:at] = bytes(rng.choices(b"0123456789-+.\"'{}[],:\t\n\\*#", k=5))
+        else:
+          content[at:at] = content[:at]
+        content = content[:1 << 16] or bytearray(b"t")
+      try:
+        found, losses = reader(bytes(content), "x")
+      except DataError:
+        errors += 1
+        continue
+      read += 1
+      assert all(isinstance(n, int) and n >= 0 for n in found)
+      assert all(n >= 0 for n in losses.values())
+      if reader is stages.read_answers:
+        assert set(found.values()) <= set(VLM14)
+  assert errors > 50 and read > 50
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_any_text_has_a_stage_or_a_reason(seed):
+  rng = random.Random(seed)
+  words = (
+      "developmental stage", "Developmental Stage Analysis", ":", "**", "#", "\n", "1.",
+      "2-cell", "1.5-fold", "comma", "(", ")", "~90", "cells", "-", "to", "9" * 400, "+",
+      "\u00bd", "confidence", " ", "or", "[", "]", "---",
+  )
+  for _ in range(3000):
+    text = "".join(rng.choices(words, k=rng.randint(0, 25)))
+    stage, reason = stages.stage_of_answer(text)
+    assert (stage in VLM14) != (reason != "") and (stage or reason)

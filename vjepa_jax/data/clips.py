@@ -1,0 +1,554 @@
+"""Clips of movies: which time points an embryo has, and which make a clip together.
+
+A row of the manifest is a movie: a folder with one TIFF a time point (also with the
+folders `images` and `tracks` in it), or one TIFF of all. Each time point is read, kept
+and judged by itself, once, however many clips it is in; a clip joins the canvases of
+its time points. All of a movie share one range of values, one mean and one standard
+deviation: what flickers or bleaches stays to be seen.
+
+Time points that are missing or bad lose the clips that need them, and movies shorter
+than a clip are lost; all are counted.
+"""
+
+import bisect
+import collections
+from collections.abc import Collection, Iterable, Mapping, Sequence
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+from absl import logging
+import numpy as np
+
+from vjepa_jax.data import shards, storage
+from vjepa_jax.data import stages as stages_lib
+from vjepa_jax.data.manifest import Row
+from vjepa_jax.data.readers import ReadOptions, tiff, time_points
+from vjepa_jax.data.record import DataError, ReadError, Record
+
+# Time points that set a movie's range of values, evenly over it.
+_WINDOW_FRAMES = 9
+_IMAGES = "images"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipOptions:
+  """How movies are cut into clips.
+
+  Attributes:
+    frames: time points of a clip.
+    stride: from one time point of a clip to its next.
+    step: from the start of a training clip to the next one's.
+    eval_step: the same in other splits; 0: as few clips as show each time point.
+    time_blocks: 0: whole movies go to a split, by participant. n: each movie's time is
+      cut into n stretches, and each of them shared out between the splits, in their
+      order, with a gap between: for few movies. Neighbours in time are alike, so such
+      splits say less.
+    gap: time points left out between two splits of a movie; None: those that a clip
+      spans.
+
+  Raises:
+    ValueError: for an option out of range; names all that are.
+  """
+
+  frames: int
+  stride: int = 1
+  step: int = 1
+  eval_step: int = 0
+  time_blocks: int = 0
+  gap: int | None = None
+
+  def __post_init__(self):
+    faults = clip_option_faults(dataclasses.asdict(self))
+    if faults:
+      raise ValueError("clip: " + "; ".join(faults))
+
+  @property
+  def span(self) -> int:
+    """Time points from the first to the last of a clip, both counted."""
+    return (self.frames - 1) * self.stride + 1
+
+
+def clip_option_faults(options: Mapping[str, Any]) -> list[str]:
+  """Says what is wrong with fields of `ClipOptions`; an empty list is well."""
+  known = {field.name: field for field in dataclasses.fields(ClipOptions)}
+  faults = [
+      f"{name}: unknown key; closest: {', '.join(sorted(known))}"
+      for name in options if name not in known
+  ]
+  if "frames" not in options:
+    faults.append("frames: missing, the time points of a clip")
+  for name, least in (
+      ("frames", 1), ("stride", 1), ("step", 1), ("eval_step", 0), ("time_blocks", 0),
+      ("gap", 0),
+  ):
+    value = options.get(name)
+    if value is not None and (
+        not isinstance(value, int) or isinstance(value, bool) or value < least
+    ):
+      faults.append(f"{name} is {value!r}, must be a whole number of at least {least}")
+  return faults
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip(Row):
+  """A clip as a row of a split: `frames` are the rows of its time points.
+
+  Attributes:
+    start: number of its first time point, as in the name of the file.
+    stride: numbers from one of its time points to the next.
+    hop: time points from one of its time points to the next.
+    frames: a row each.
+    stages: names of the stages, None where unknown; () where nobody asked.
+    truth: the same without what a model answered; () where only a model was asked.
+    answers: what a model answered, whoever decided; () where none was asked.
+  """
+
+  start: int = 0
+  stride: int = 1
+  hop: int = 1
+  frames: tuple[Row, ...] = ()
+  stages: tuple[str | None, ...] = ()
+  truth: tuple[str | None, ...] = ()
+  answers: tuple[str | None, ...] = ()
+
+  @property
+  def id(self) -> str:
+    """The movie, and which of its time points."""
+    return f"{self.movie}::t{self.start}+{len(self.frames)}x{self.stride}"
+
+  @property
+  def movie(self) -> str:
+    """The movie that it is cut from."""
+    return super().id
+
+  @property
+  def numbers(self) -> tuple[int, ...]:
+    """Numbers of the time points."""
+    return tuple(self.start + n * self.stride for n in range(len(self.frames)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Movie:
+  """The time points of one row of a manifest.
+
+  Attributes:
+    row: of the manifest.
+    home: the embryo's folder, where tracks and labels lie.
+    frames: {number: row of the time point}, in order.
+    step: from one number to the next, where none is missing.
+  """
+
+  row: Row
+  home: str
+  frames: Mapping[int, Row]
+  step: int
+
+  @property
+  def missing(self) -> int:
+    """How many time points between the first and the last are not there."""
+    numbers = list(self.frames)
+    return (numbers[-1] - numbers[0]) // self.step + 1 - len(numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+  """Movies cut into clips.
+
+  Attributes:
+    frames: {split: rows of the time points that its clips need}.
+    clips: {split: clips}.
+    lost: movies of which nothing is left, with the reason.
+    facts: counts for the report.
+    stage_facts: the same of the stages; {} where nobody asked.
+  """
+
+  frames: dict[str, list[Row]]
+  clips: dict[str, list[Clip]]
+  lost: list[tuple[Row, str]]
+  facts: dict[str, Any]
+  stage_facts: dict[str, Any]
+
+
+def max_start(length: int, frames: int, stride: int) -> int:
+  """Returns the last place where a clip can start; negative where none can."""
+  return length - (frames - 1) * stride - 1
+
+
+def list_movie(row: Row) -> Movie:
+  """Lists the time points of a row; no voxel is read.
+
+  Args:
+    row: a folder of one TIFF a time point, or one with such a folder `images` in it,
+      or a TIFF with an axis T.
+
+  Raises:
+    ReadError: missing_file, empty_file (no time point), irregular_frames (the names
+      number no time, or not evenly), or as a file's header.
+  """
+  if not storage.is_folder(row.path):
+    options = ReadOptions(**row.read_options())
+    count = tiff.count_frames(row.path, options)
+    frames = {n: dataclasses.replace(row, frame=n) for n in range(count)}
+    return Movie(row, storage.parent(row.path), _with_window(frames), 1)
+  home = row.path.rstrip("/")
+  if storage.basename(home) == _IMAGES:
+    home = storage.parent(home)
+  names = [
+      n for n in time_points.volumes_of(storage.list_files(row.path))
+      if n.lower().endswith((".tif", ".tiff", ".btf"))
+  ]
+  if not names:
+    raise ReadError(row.path, "empty_file", "no TIFF of a time point in this folder")
+  found = time_points.number_of(row.path, names)
+  frames = {
+      number: dataclasses.replace(row, path=name, size=None, checksum="")
+      for number, name in found.items()
+  }
+  return Movie(row, home, _with_window(frames), _step_of(row.path, list(found)))
+
+
+def _step_of(path: str, numbers: Sequence[int]) -> int:
+  """Returns the step between numbers; some of its multiples may be missing."""
+  steps = {after - before for before, after in itertools.pairwise(numbers)}
+  step = min(steps, default=1)
+  uneven = [s for s in steps if s % step]
+  if uneven:
+    raise ReadError(
+        path, "irregular_frames",
+        f"numbers of time points go on by {step} and by {min(uneven)}",
+        "number the time points evenly",
+    )
+  return step
+
+
+def _with_window(frames: Mapping[int, Row]) -> dict[int, Row]:
+  rows = list(frames.values())
+  places = np.linspace(0, len(rows) - 1, min(_WINDOW_FRAMES, len(rows)))
+  window = tuple((rows[n].path, rows[n].frame) for n in places.round().astype(int))
+  return {
+      number: dataclasses.replace(row, window=window) for number, row in frames.items()
+  }
+
+
+def starts(numbers: Collection[int], *, frames: int, stride: int, step: int) -> list[int]:
+  """Returns where clips start whose time points are all there.
+
+  Args:
+    numbers: of the time points.
+    frames: of a clip.
+    stride: between its numbers.
+    step: between the starts, counted from the first number; 0: as few clips as show
+      each time point that a clip can show, none twice where it can be helped.
+  """
+  there = set(numbers)
+  valid = [
+      number for number in sorted(there)
+      if all(number + n * stride in there for n in range(1, frames))
+  ]
+  if step:
+    first = min(there, default=0)
+    return [number for number in valid if (number - first) % step == 0]
+  return fewest_starts(valid, there, frames=frames, stride=stride)
+
+
+def fewest_starts(
+    valid: Iterable[int], numbers: Iterable[int], *, frames: int, stride: int
+) -> list[int]:
+  """Returns those of the valid starts that together show what all of them show.
+
+  As few as can be, and none of the numbers twice where it can be helped.
+
+  Args:
+    valid: where clips can start.
+    numbers: of the time points to show.
+    frames: of a clip.
+    stride: between its numbers.
+  """
+  found: set[int] = set()
+  shown: set[int] = set()
+  possible = set(valid)
+  for number in sorted(numbers):
+    if number in shown:
+      continue
+    start = next(
+        (s for n in range(frames) if (s := number - n * stride) in possible), None
+    )
+    if start is not None:
+      found.add(start)
+      shown.update(start + n * stride for n in range(frames))
+  return sorted(found)
+
+
+def time_parts(
+    numbers: Sequence[int], fractions: Mapping[str, float], *, blocks: int, gap: int,
+    step: int = 1,
+) -> dict[str, list[list[int]]]:
+  """Shares a movie's time out between splits.
+
+  Args:
+    numbers: of the time points, in order.
+    fractions: {split: share}.
+    blocks: stretches that are shared out each.
+    gap: time points left out between two parts.
+    step: between two numbers where none is missing.
+
+  Returns:
+    {split: its parts, in order}; between any two of different splits lie at least
+    `gap` time points that are in none.
+  """
+  length = (numbers[-1] - numbers[0]) // step + 1
+  shares = np.cumsum([0.0, *fractions.values()])
+  shares /= shares[-1]
+  ends = [
+      (block + share) * length / blocks for block in range(blocks) for share in shares[1:]
+  ]
+  cuts = [0, *(round(end) for end in ends)]
+  cuts[-1] = length + gap  # No gap behind the last part.
+  parts: dict[str, list[list[int]]] = {name: [] for name in fractions}
+  names = list(fractions) * blocks
+  for name, first, last in zip(names, cuts, cuts[1:]):
+    low, high = (
+        bisect.bisect_left(numbers, numbers[0] + step * place)
+        for place in (first, max(first, last - gap))
+    )
+    parts[name].append(list(numbers[low:high]))
+  return parts
+
+
+def cut(
+    parts: Mapping[str, Sequence[Row]],
+    options: ClipOptions,
+    *,
+    fractions: Mapping[str, float] | None = None,
+    stages: stages_lib.StageOptions | None = None,
+    train: str = "train",
+) -> Cut:
+  """Cuts the movies of all splits into clips.
+
+  Args:
+    parts: {split: rows}; with `time_blocks` one entry of any name.
+    options: of the clips.
+    fractions: {split: share} of the time, for `time_blocks`.
+    stages: where the stages of the time points come from; None: there are none.
+    train: the split whose clips start by `step`.
+
+  Raises:
+    DataError: if a file of labels is no such file.
+    ReadError: if a bucket cannot be reached.
+  """
+  names = list(fractions) if options.time_blocks else list(parts)
+  found = Cut({n: [] for n in names}, {n: [] for n in names}, [], {}, {})
+  tally = _Tally(names, stages)
+  for split, rows in parts.items():
+    for row in rows:
+      try:
+        movie = list_movie(row)
+      except ReadError as error:
+        if error.reason == "unreachable":
+          raise
+        logging.warning("lost %s", error)
+        found.lost.append((row, error.reason))
+        continue
+      known = tally.stages_of(movie)
+      pieces = _pieces(movie, split, options, fractions)
+      clips = {
+          name: [
+              clip for piece in own
+              for clip in _clips_of(movie, piece, options, name == train, known)
+          ] for name, own in pieces.items()
+      }
+      if not any(clips.values()):
+        length = len(movie.frames) + movie.missing
+        short = max_start(length, options.frames, options.stride) < 0
+        found.lost.append((row, "shorter_than_clip" if short else "no_whole_clip"))
+        continue
+      for name, own in clips.items():
+        used = {n: f for clip in own for n, f in zip(clip.numbers, clip.frames)}
+        found.clips[name] += own
+        found.frames[name] += [used[n] for n in sorted(used)]
+        tally.note(name, own, used, sum(map(len, pieces[name])), known)
+      tally.missing += movie.missing
+  found.facts.update(tally.facts(options))
+  found.stage_facts.update(tally.stage_facts(train))
+  return found
+
+
+def _pieces(
+    movie: Movie, split: str, options: ClipOptions,
+    fractions: Mapping[str, float] | None,
+) -> dict[str, list[list[int]]]:
+  """Returns the numbers of a movie that each split may use, in stretches."""
+  numbers = list(movie.frames)
+  if not options.time_blocks:
+    return {split: [numbers]}
+  gap = options.span if options.gap is None else options.gap
+  return time_parts(
+      numbers, fractions, blocks=options.time_blocks, gap=gap, step=movie.step
+  )
+
+
+def _clips_of(
+    movie: Movie, numbers: Sequence[int], options: ClipOptions, train: bool,
+    known: Mapping[str, stages_lib.Stages] | None,
+) -> Iterable[Clip]:
+  if not numbers:
+    return
+  stride = options.stride * movie.step
+  step = options.step if train else options.eval_step
+  places = starts(
+      numbers, frames=options.frames, stride=stride, step=step * movie.step
+  )
+  own = {f.name: getattr(movie.row, f.name) for f in dataclasses.fields(Row)}
+  for start in places:
+    used = [start + n * stride for n in range(options.frames)]
+    clip = {
+        **own, "start": start, "stride": stride, "hop": options.stride,
+        "frames": tuple(movie.frames[n] for n in used),
+    }
+    for field, stages in (known or {}).items():
+      clip[field] = tuple(stages.get(n) for n in used)
+    if "stages" in clip:
+      clip["label"] = clip["stages"][len(used) // 2]
+    yield Clip(**clip)
+
+
+class _Tally:
+  """What there is to say of movies, clips and stages."""
+
+  def __init__(self, splits: Sequence[str], stages: stages_lib.StageOptions | None):
+    self.missing = 0
+    self._options = stages
+    self._counts = {name: collections.Counter() for name in splits}
+    self._shown = {name: collections.Counter() for name in splits}
+    self._losses: stages_lib.Losses = collections.Counter()
+    self._without: list[str] = []
+
+  def stages_of(self, movie: Movie) -> dict[str, stages_lib.Stages] | None:
+    """Returns what goes into the fields of its clips: stages, truth, answers."""
+    if self._options is None:
+      return None
+    told, losses = stages_lib.by_source(
+        self._options, movie.home, movie.row.participant, list(movie.frames)
+    )
+    self._losses += losses
+    fields = {"stages": stages_lib.joined(told.values())}
+    if not fields["stages"]:
+      self._without.append(movie.row.id)
+    if "answers" in told:
+      fields["answers"] = told.pop("answers")
+    if told:
+      fields["truth"] = stages_lib.joined(told.values())
+    return fields
+
+  def note(
+      self, split: str, clips: Sequence[Clip], used: Collection[int], there: int,
+      known: Mapping[str, stages_lib.Stages] | None,
+  ) -> None:
+    self._counts[split].update(
+        movies=int(bool(clips)), clips=len(clips), time_points=len(used),
+        in_no_clip=there - len(used),
+    )
+    if known is not None:
+      self._shown[split].update(known["stages"].get(number) for number in used)
+
+  def facts(self, options: ClipOptions) -> dict[str, Any]:
+    return {
+        "frames": options.frames, "stride": options.stride,
+        "time_blocks": options.time_blocks, "missing_time_points": self.missing,
+        "splits": {name: dict(counts) for name, counts in self._counts.items()},
+    }
+
+  def stage_facts(self, train: str) -> dict[str, Any]:
+    """Returns counts by split and class, losses, and classes that training lacks."""
+    if self._options is None:
+      return {}
+    classes = self._options.classes
+    shown_in_training = self._shown.get(train, {})
+    absent = [c for c in classes if not shown_in_training.get(c)]
+    elsewhere = {
+        name: wanted for name, shown in self._shown.items()
+        if (wanted := {c: shown[c] for c in absent if shown[c]})
+    }
+    if absent:
+      logging.warning(
+          "no time point of the split %s shows the stages %s; other splits: %s", train,
+          ", ".join(absent), elsewhere or "neither",
+      )
+    return {
+        "taxonomy": self._options.taxonomy, "classes": list(classes),
+        "sources": list(self._options.sources),
+        "time_points": {
+            name: {c: shown[c] for c in classes} | {"without": shown[None]}
+            for name, shown in self._shown.items()
+        },
+        "dropped": dict(sorted(self._losses.items(), key=lambda kv: (-kv[1], kv[0]))),
+        "movies_without": self._without,
+        "absent_from_training": absent, "absent_but_elsewhere": elsewhere,
+    }
+
+
+class Canvases:
+  """Joins the canvases of a clip's time points; picklable.
+
+  Args:
+    store: canvases of the time points: anything with `read(row)`, or shards.
+    rows: of the time points in the shards, in their order.
+  """
+
+  def __init__(self, store: Any, rows: Sequence[Row] = ()):
+    self._store = store
+    self._places = {row.id: n for n, row in enumerate(rows)}
+
+  def read(self, clip: Clip) -> Record:
+    """Returns the clip, [T, Z, Y, X, C].
+
+    Raises:
+      ReadError: if one of its time points is bad.
+      DataError: if too many files are, or it is not the file's fault.
+    """
+    records = [self._one(row) for row in clip.frames]
+    shapes = {record.volume.shape for record in records}
+    if len(shapes) > 1:
+      raise DataError(f"{clip.id}: canvases of the shapes {sorted(shapes)} in one clip")
+    first = records[0]
+    means = np.array([record.mean for record in records])
+    squares = np.array([record.std for record in records]) ** 2 + means**2
+    spacing = first.spacing * np.array([clip.hop, 1, 1, 1], np.float32)
+    return Record(
+        np.concatenate([record.volume for record in records]), spacing, clip.id,
+        subject=first.subject, mean=float(means.mean()),
+        std=math.sqrt(max(float(squares.mean() - means.mean() ** 2), 0.0)),
+        meta={**first.meta, "start": clip.start, "stride": clip.stride},
+    )
+
+  def _one(self, row: Row) -> Record:
+    if isinstance(self._store, shards.Shards):
+      return self._store[self._places[row.id]]
+    return self._store.read(row)
+
+
+def without_bad(clips: Iterable[Clip], good: Collection[str]) -> list[Clip]:
+  """Returns the clips all of whose time points are good, by their ids."""
+  return [clip for clip in clips if all(row.id in good for row in clip.frames)]
+
+
+def check_parts(
+    clips: Mapping[str, Sequence[Clip]], options: ClipOptions
+) -> None:
+  """Refuses splits without a clip.
+
+  Raises:
+    DataError: naming them and what would help.
+  """
+  empty = [name for name, own in clips.items() if not own]
+  if not empty:
+    return
+  help_ = "give each split a movie of its own, or shorter clips"
+  if options.time_blocks:
+    help_ = "ask for fewer time_blocks, a smaller gap, larger shares or shorter clips"
+  raise DataError(
+      f"split(s) {', '.join(empty)} have no clip of {options.frames} time points at "
+      f"stride {options.stride} ({options.span} from first to last); {help_}"
+  )
