@@ -1,8 +1,12 @@
 """Augmentation: one view a sample, its own key, and nothing that was not asked."""
 
 import functools
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -395,3 +399,81 @@ def test_a_volume_that_does_not_fit_is_refused():
   batch["volume"] = batch["volume"][..., 0]
   with pytest.raises(ValueError, match="wanted"):
     _run(batch)
+
+
+def test_one_view_moves_all_time_points_of_a_clip_alike():
+  still = _batch(4, (1, 4, 8, 8))
+  still["volume"] = np.repeat(still["volume"], 5, axis=1)  # A clip where nothing moves.
+  options = {k: v for k, v in ALL.items() if not k.startswith("noise")}
+  options |= dict(crop=(5, 2, 6, 6))
+  out = _run(still, **options)["volume"]
+  assert out.shape[1] == 5
+  np.testing.assert_allclose(out, np.repeat(out[:, :1], 5, axis=1), atol=1e-6)
+  assert len({frame.tobytes() for frame in out[:, 0]}) == 4
+  noisy = _run(still, noise_std=0.1, normalize="zscore")["volume"]
+  assert np.abs(np.diff(noisy, axis=1)).min() > 0
+
+
+def test_what_changes_within_a_clip_keeps_its_order_and_ratio():
+  clip = _batch(3, (1, 4, 8, 8))
+  fade = np.linspace(1, 0.5, 6, dtype=np.float32).reshape(1, 6, 1, 1, 1, 1)
+  clip["volume"] = clip["volume"] * fade
+  out = _run(clip, flip=(0.0, 0.5, 0.5, 0.5), rot90=0.5, rotate=0.2, contrast=0.3)
+  ratio = out["volume"] / out["volume"][:, :1]
+  np.testing.assert_allclose(ratio, np.broadcast_to(fade, ratio.shape), rtol=1e-4)
+
+
+ON_MESH = """
+import json, re
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+from vjepa_jax.volumes import augment as lib
+
+mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "sequence"),
+            axis_types=(AxisType.Auto,) * 2)
+put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
+rng = np.random.default_rng(0)
+volume = rng.integers(0, 255, (2, 8, 6, 16, 16, 1)).astype(np.uint8)
+batch = dict(
+    volume=put(volume, "data"), mean=put(np.full(2, 9.0, np.float32), "data"),
+    std=put(np.ones(2, np.float32), "data"), _position=put(np.arange(2), "data"),
+)
+augment = lib.make_augment(
+    rot90=0.9, flip=(0.0, 0.5, 0.5, 0.5), rotate=0.2, scale=(0.0, 0.0, 0.1, 0.1),
+    contrast=0.2, noise_std=0.1,
+)
+
+def view(batch, key, split):
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    volume = augment(batch, key, train=True)["volume"]
+    spec = P("data", "sequence") if split else P("data")
+    return jax.lax.with_sharding_constraint(volume, spec)
+
+compiled = {
+    split: jax.jit(view, static_argnums=2).lower(batch, jax.random.key(0), split).compile()
+    for split in (True, False)
+}
+split, whole = (compiled[s](batch, jax.random.key(0)) for s in (True, False))
+print(json.dumps(dict(
+    parts=sorted({s.data.shape[1] for s in split.addressable_shards}),
+    sent=re.findall(r" (all-gather|all-to-all|collective-permute)", compiled[True].as_text()),
+    error=float(jnp.abs(split - whole).max()),
+)))
+"""
+
+
+def test_where_a_mesh_splits_time_no_voxel_is_sent():
+  env = os.environ | {
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
+      "--xla_backend_optimization_level=0",
+      "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd(),
+  }
+  done = subprocess.run(
+      [sys.executable, "-c", ON_MESH], env=env, capture_output=True, text=True,
+      timeout=300,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  found = json.loads(done.stdout)
+  assert found["parts"] == [2] and found["error"] < 1e-4
+  assert found["sent"] == []

@@ -21,7 +21,7 @@ from vjepa_jax.nn import positions as positions_lib
 from vjepa_jax.nn.patch_embed import PatchEmbed
 from vjepa_jax.volumes.grid import Grid
 
-POSITIONS = ("rope", "sincos", "learned", "none")
+POSITIONS = ("rope", "sincos", "flat", "learned", "none")
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "tiny": dict(width=192, depth=12),
@@ -51,12 +51,16 @@ class ViT(nn.Module):
     heads: H; None: 128 wide where D allows it (`blocks.default_heads`).
     mlp_ratio, swiglu, drop_path, attention, attention_chunk, remat, unroll,
       initializer: see `blocks.Stack`.
-    positions: "rope", "sincos" (fixed), "learned" or "none".
+    positions: "rope", "sincos" (fixed), "flat" (fixed, of the row of tokens:
+      VideoMAE's), "learned" or "none".
     rope_layout, rope_base, rope_units, rope_reference: see `positions.rope`.
-    table_voxels: (T, Z, Y, X) of the volumes that the "sincos" or "learned" table
-      is made for, resampled for others; None: a table of the volume at hand.
+    table_voxels: (T, Z, Y, X) of the volumes that the fixed or learned table is
+      made for, resampled for others; None: a table of the volume at hand.
     class_token: whether a learned token, without a place, is put in front and
       returned as `Features.cls`.
+    final_norm: whether the blocks are followed by a norm.
+    eps: of all norms.
+    biases: of the attention's projections, see `attention.MultiHeadAttention`.
     dtype: compute type; parameters, norms, softmax and the returned tokens are
       float32.
   """
@@ -81,6 +85,17 @@ class ViT(nn.Module):
   unroll: int = 1
   dtype: str = "float32"
   initializer: str = "vjepa"
+  final_norm: bool = True
+  eps: float = 1e-6
+  biases: str = "qkv"
+
+  def grid_of(self, voxels: tuple[int, ...]) -> Grid:
+    """Returns the tokens of volumes of (T, Z, Y, X) voxels.
+
+    Raises:
+      ValueError: if the patch does not divide them.
+    """
+    return Grid(tuple(voxels), tuple(self.patch))
 
   @nn.compact
   def __call__(
@@ -101,7 +116,7 @@ class ViT(nn.Module):
     """
     self._check(volume, keep_ids, keep_valid)
     capture = self.is_mutable_collection("intermediates")
-    grid = Grid(tuple(volume.shape[1:5]), tuple(self.patch))
+    grid = self.grid_of(volume.shape[1:5])
     patches = grid.patchify(volume)
     if keep_ids is not None:
       patches = jnp.take_along_axis(patches, keep_ids[..., None], axis=1)
@@ -113,11 +128,16 @@ class ViT(nn.Module):
     rope = self._rope(grid, keep_ids, spacing)
     if self.class_token:
       x, rope, keep_valid = self._prepend(x, rope, keep_valid)
-    x = self._stack()(x, rope=rope, key_valid=keep_valid, train=train, capture=capture)
+    x = self._stack()(
+        x, rope=rope, key_valid=keep_valid, train=train, capture=capture,
+        class_tokens=int(self.class_token),
+    )
     if capture:
       x, outputs = x
       self.sow("intermediates", "blocks", outputs)
-    x = blocks.layer_norm("norm")(x)
+    if self.final_norm:
+      x = blocks.layer_norm("norm", self.eps)(x)
+    x = x.astype(jnp.float32)
     self.sow("intermediates", "normed", x)
     cls = None
     if self.class_token:
@@ -153,7 +173,7 @@ class ViT(nn.Module):
         mlp_ratio=self.mlp_ratio, swiglu=self.swiglu, drop_path=self.drop_path,
         attention=self.attention, attention_chunk=self.attention_chunk,
         remat=self.remat, unroll=self.unroll, dtype=self.dtype,
-        initializer=self.initializer, name="stack",
+        initializer=self.initializer, eps=self.eps, biases=self.biases, name="stack",
     )
 
   def _heads(self) -> int:
@@ -170,7 +190,7 @@ class ViT(nn.Module):
 
   def _add_table(self, x, grid, keep_ids):
     """Adds the fixed or learned table at the tokens' places."""
-    if self.positions not in ("sincos", "learned"):
+    if self.positions not in ("sincos", "flat", "learned"):
       return x
     made_for = grid
     if self.table_voxels is not None:
@@ -178,6 +198,10 @@ class ViT(nn.Module):
     if self.positions == "sincos":
       table = jnp.asarray(
           positions_lib.sincos_table(made_for.dims, self.width), jnp.float32
+      )
+    elif self.positions == "flat":
+      table = jnp.asarray(
+          positions_lib.flat_sincos(made_for.tokens, self.width), jnp.float32
       )
     else:
       table = self._learned_table(made_for)

@@ -17,6 +17,8 @@ import zipfile
 from flax import traverse_util
 import jax.numpy as jnp
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 Arrays = dict[str, np.ndarray]
 Shapes = tuple[tuple[int, ...], ...]
@@ -285,7 +287,52 @@ def patch_conv(kernel: tuple[int, ...]) -> Layout:
   return Layout(load=to_ours, save=to_theirs)
 
 
-# Torch files
+# Rules of the layers that every family has.
+
+
+def linear(theirs: str, ours: str) -> tuple[Rule, Rule]:
+  """Rules of a Linear with a bias."""
+  return (
+      Rule(f"{theirs}.weight", (f"{ours}/kernel",), LINEAR),
+      Rule(f"{theirs}.bias", (f"{ours}/bias",), SAME),
+  )
+
+
+def norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
+  """Rules of a LayerNorm."""
+  return (
+      Rule(f"{theirs}.weight", (f"{ours}/scale",), SAME),
+      Rule(f"{theirs}.bias", (f"{ours}/bias",), SAME),
+  )
+
+
+def attention(qkv: str, out: str, ours: str) -> tuple[Rule, ...]:
+  """Rules of a `MultiHeadAttention`, theirs with one joined Linear `qkv`."""
+  heads = [f"{ours}/{name}" for name in ("query", "key", "value")]
+  return (
+      Rule(f"{qkv}.weight", tuple(f"{name}/kernel" for name in heads), JOINED_LINEAR),
+      Rule(f"{qkv}.bias", tuple(f"{name}/bias" for name in heads), JOINED_BIAS),
+      Rule(f"{out}.weight", (f"{ours}/out/kernel",), OUT_LINEAR),
+      Rule(f"{out}.bias", (f"{ours}/out/bias",), SAME),
+  )
+
+
+# Files of weights
+
+
+def read_safetensors(path: str | pathlib.Path) -> Arrays:
+  """Reads a .safetensors file, or the model.safetensors of a folder.
+
+  Raises:
+    ValueError: if it is cut short or none.
+  """
+  path = pathlib.Path(path)
+  path = path / "model.safetensors" if path.is_dir() else path
+  try:
+    return safetensors.numpy.load_file(path)
+  except safetensors.SafetensorError as error:
+    raise ValueError(f"{path}: {error}; fetch it again") from error
+
 
 _DTYPES = {
     "DoubleStorage": np.float64, "FloatStorage": np.float32, "HalfStorage": np.float16,

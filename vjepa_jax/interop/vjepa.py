@@ -80,7 +80,7 @@ def encoder_table(
       ),
       Rule("patch_embed.proj.bias", ("patch_embed/proj/bias",), engine.SAME),
       *_block_rules("blocks", swiglu),
-      *_norm("norm", "norm"),
+      *engine.norm("norm", "norm"),
   )
   if learned:
     table += (Rule("pos_embed", ("pos_embed",), engine.SAME),)
@@ -90,11 +90,11 @@ def encoder_table(
 def predictor_table(*, swiglu: bool = False) -> tuple[Rule, ...]:
   """Returns the rules of a predictor {embed, mask_tokens, stack, norm, proj}."""
   return (
-      *_linear("predictor_embed", "embed"),
+      *engine.linear("predictor_embed", "embed"),
       Rule("mask_tokens.{i}", ("mask_tokens",), engine.leading_ones(2)),
       *_block_rules("predictor_blocks", swiglu),
-      *_norm("predictor_norm", "norm"),
-      *_linear("predictor_proj", "proj"),
+      *engine.norm("predictor_norm", "norm"),
+      *engine.linear("predictor_proj", "proj"),
   )
 
 
@@ -134,40 +134,15 @@ def load_predictor(
 
 def _block_rules(blocks: str, swiglu: bool) -> tuple[Rule, ...]:
   theirs, ours = f"{blocks}.{{i}}", "stack/blocks"
-  heads = [f"{ours}/attn/{name}" for name in ("query", "key", "value")]
   layers = ("fc1", "fc2", "fc3") if swiglu else ("fc1", "fc2")
   return (
-      *_norm(f"{theirs}.norm1", f"{ours}/norm1"),
-      Rule(
-          f"{theirs}.attn.qkv.weight", tuple(f"{name}/kernel" for name in heads),
-          engine.JOINED_LINEAR,
+      *engine.norm(f"{theirs}.norm1", f"{ours}/norm1"),
+      *engine.attention(
+          f"{theirs}.attn.qkv", f"{theirs}.attn.proj", f"{ours}/attn"
       ),
-      Rule(
-          f"{theirs}.attn.qkv.bias", tuple(f"{name}/bias" for name in heads),
-          engine.JOINED_BIAS,
-      ),
-      Rule(
-          f"{theirs}.attn.proj.weight", (f"{ours}/attn/out/kernel",),
-          engine.OUT_LINEAR,
-      ),
-      Rule(f"{theirs}.attn.proj.bias", (f"{ours}/attn/out/bias",), engine.SAME),
-      *_norm(f"{theirs}.norm2", f"{ours}/norm2"),
+      *engine.norm(f"{theirs}.norm2", f"{ours}/norm2"),
       *(
           rule for name in layers
-          for rule in _linear(f"{theirs}.mlp.{name}", f"{ours}/mlp/{name}")
+          for rule in engine.linear(f"{theirs}.mlp.{name}", f"{ours}/mlp/{name}")
       ),
-  )
-
-
-def _linear(theirs: str, ours: str) -> tuple[Rule, Rule]:
-  return (
-      Rule(f"{theirs}.weight", (f"{ours}/kernel",), engine.LINEAR),
-      Rule(f"{theirs}.bias", (f"{ours}/bias",), engine.SAME),
-  )
-
-
-def _norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
-  return (
-      Rule(f"{theirs}.weight", (f"{ours}/scale",), engine.SAME),
-      Rule(f"{theirs}.bias", (f"{ours}/bias",), engine.SAME),
   )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from vjepa_jax.nn import chunked, cudnn, naive, on_mesh, placement, rows, splash
 from vjepa_jax.nn.naive import SAVED as SAVED
 from vjepa_jax.nn.positions import Rope, apply_rope
+from vjepa_jax.nn.received import COLLECTION, received
 
 # V-JEPA 2 draws weights from a normal of std 0.02, cut so far out (100 std) that
 # nothing is cut. Small models on a CPU learn sooner from Xavier's.
@@ -70,6 +71,44 @@ def attend(
   return on_mesh.attend(local, q, k, v, key_valid, opaque=opaque)
 
 
+def attend_within(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, impl: str = "xla", chunk: int = 512
+) -> jax.Array:
+  """Returns what `attend` returns for each group on its own, [B, G, H, N, d].
+
+  Groups of up to 128 tokens are computed by "xla" whatever `impl` is: kernels work
+  in blocks of 128, and so few scores cost little to hold.
+
+  Args:
+    q: [B, G, H, N, d].
+    k: [B, G, H, N, d].
+    v: [B, G, H, N, d].
+    impl: of `attend`.
+    chunk: of `attend`.
+
+  Raises:
+    ValueError: for an unknown impl, shapes that do not agree, or chunk < 1.
+  """
+  _check_known("attention", impl, IMPLEMENTATIONS)
+  if q.ndim != 5 or q.shape != k.shape or q.shape != v.shape:
+    raise ValueError(
+        f"attend_within: q {q.shape}, k {k.shape}, v {v.shape} must be equal and "
+        "[B, G, H, N, d]"
+    )
+  if chunk < 1:
+    raise ValueError(f"attention chunk={chunk} must be at least 1")
+  few = q.shape[3] ** 2 <= _FEW_SCORES
+  impl = "xla" if few else of_process(impl)
+  function, opaque = _IMPLEMENTATIONS["rows" if impl == "auto" else impl]
+
+  def local(q, k, v):
+    rows = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    out = function(*rows, key_valid=None, causal=False, offset=0, chunk=chunk)
+    return out.reshape(q.shape)
+
+  return on_mesh.attend_within(local, q, k, v, opaque=opaque)
+
+
 def for_platform(platform: str) -> str:
   """Returns the implementation that "auto" stands for on a platform.
 
@@ -96,6 +135,9 @@ class MultiHeadAttention(nn.Module):
   One fused projection would be cut along a minor axis of 3 and copied; see V-JEPA
   2's `attn.qkv`, which interop splits.
 
+  With `mutable=["attention"]`, `apply` also gives "received", float32 [B, N] or
+  [B, G, N], what share of the attention each token gets (`received.received`).
+
   Attributes:
     width: D.
     heads: H; D must be a multiple.
@@ -104,6 +146,7 @@ class MultiHeadAttention(nn.Module):
     dtype: compute type.
     initializer: a name in INITIALIZERS.
     out_scale: factor on the initial output weights; may be traced.
+    biases: which of "q", "k" and "v" have a bias.
   """
 
   width: int
@@ -113,6 +156,7 @@ class MultiHeadAttention(nn.Module):
   dtype: str = "float32"
   initializer: str = "vjepa"
   out_scale: float | jax.Array = 1.0
+  biases: str = "qkv"
 
   @nn.compact
   def __call__(
@@ -121,23 +165,43 @@ class MultiHeadAttention(nn.Module):
       *,
       rope: Rope | None = None,
       key_valid: jax.Array | None = None,
+      asking: int | None = 0,
   ) -> jax.Array:
-    """Attends tokens [B, N, D] among themselves; key_valid bool [B, N]."""
+    """Attends tokens [B, N, D] among themselves; key_valid bool [B, N].
+
+    Tokens [B, G, N, D] attend within their group; these know neither rope nor
+    key_valid. `asking` says how many first tokens' attention "received" is of; 0: of
+    all tokens; None: it is not given.
+    """
     if self.width % self.heads:
       raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
     head = (self.heads, self.width // self.heads)
     flat = (self.width, self.width)
     draw = INITIALIZERS[self.initializer]
+    rows = "BG" if x.ndim == 4 else "B"
     project = functools.partial(
-        nn.Einsum, (self.width, *head), "BND,DHK->BHNK", dtype=jnp.dtype(self.dtype),
-        kernel_init=_reshaped(draw, flat), promote_dtype=placement.promote,
+        nn.Einsum, (self.width, *head), f"{rows}ND,DHK->{rows}HNK",
+        dtype=jnp.dtype(self.dtype), kernel_init=_reshaped(draw, flat),
+        promote_dtype=placement.promote,
     )
-    q, k, v = (project(name=name)(x) for name in ("query", "key", "value"))
-    if rope is not None:
+    q, k, v = (
+        project(name=name, use_bias=name[0] in self.biases)(x)
+        for name in ("query", "key", "value")
+    )
+    if rows == "BG":
+      assert rope is None and key_valid is None
+    elif rope is not None:
       q, k = apply_rope(q, rope), apply_rope(k, rope)
-    x = attend(q, k, v, key_valid=key_valid, impl=self.impl, chunk=self.chunk)
+    looked_at = self.is_mutable_collection(COLLECTION) and not self.is_initializing()
+    if looked_at and asking is not None:
+      shares = received(q, k, queries=asking, key_valid=key_valid)
+      self.sow(COLLECTION, "received", shares)
+    if rows == "BG":
+      x = attend_within(q, k, v, impl=self.impl, chunk=self.chunk)
+    else:
+      x = attend(q, k, v, key_valid=key_valid, impl=self.impl, chunk=self.chunk)
     return nn.Einsum(
-        (*head, self.width), "BHNK,HKD->BND", dtype=jnp.dtype(self.dtype),
+        (*head, self.width), f"{rows}HNK,HKD->{rows}ND", dtype=jnp.dtype(self.dtype),
         kernel_init=_reshaped(draw, flat, self.out_scale), name="out",
         promote_dtype=placement.promote,
     )(x)

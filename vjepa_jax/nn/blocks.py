@@ -1,6 +1,6 @@
 """Pre-norm transformer blocks, scanned over depth."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import difflib
 import math
 from typing import Any
@@ -21,6 +21,7 @@ from vjepa_jax.nn.attention import (
     scaled,
 )
 from vjepa_jax.nn.positions import Rope
+from vjepa_jax.nn.received import COLLECTION
 
 REMAT = ("none", "full", "attention")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -219,6 +220,23 @@ class Mlp(nn.Module):
     return dense(self.width, "fc2", out)(x)
 
 
+def branch_scale(initializer: str, layer: int | jax.Array) -> float | jax.Array:
+  """Returns the factor on a branch's initial output weights in the l-th block.
+
+  "vjepa" divides by sqrt(2 l), l from 1, "xavier" does not.
+  """
+  if initializer != "vjepa":
+    return 1.0
+  return jax.lax.rsqrt(2.0 * (jnp.asarray(layer, jnp.float32) + 1.0))
+
+
+def drop_path(key: jax.Array, y: jax.Array, rate: float | jax.Array) -> jax.Array:
+  """Drops whole samples of [B, ...] and scales the others up (arXiv:1603.09382)."""
+  kept = 1.0 - jnp.asarray(rate, jnp.float32)
+  keep = jax.random.bernoulli(key, kept, (y.shape[0],) + (1,) * (y.ndim - 1))
+  return jnp.where(keep, y / kept, 0.0).astype(y.dtype)
+
+
 class Block(nn.Module):
   """x += attention(norm(x)); x += mlp(norm(x)).
 
@@ -230,6 +248,7 @@ class Block(nn.Module):
     attention: implementation of `attention.attend`.
     attention_chunk: of `attention.attend`.
     eps: of both norms.
+    biases: of the attention's projections, see `MultiHeadAttention`.
     dtype: compute type; parameters, norms and softmax stay float32.
     initializer: "vjepa" also divides the initial weights of both output
       projections by sqrt(2 l) in the l-th block, from 1 (of SwiGLU those of fc3;
@@ -245,6 +264,7 @@ class Block(nn.Module):
   eps: float = 1e-6
   dtype: str = "float32"
   initializer: str = "vjepa"
+  biases: str = "qkv"
 
   @nn.compact
   def __call__(
@@ -255,6 +275,7 @@ class Block(nn.Module):
       drop_rate: float | jax.Array | None = None,
       rope: Rope | None = None,
       key_valid: jax.Array | None = None,
+      class_tokens: int = 0,
   ) -> jax.Array:
     """Maps tokens [B, N, D].
 
@@ -264,31 +285,24 @@ class Block(nn.Module):
       drop_rate: share of samples that skip each half (rng "drop_path"); None: none.
       rope: tables of the tokens' positions.
       key_valid: bool [B, N]; no token attends to those marked False.
+      class_tokens: how many of the first tokens are, for "received" of
+        `MultiHeadAttention`.
     """
     dtype = jnp.dtype(self.dtype)
-    scale = 1.0
-    if self.initializer == "vjepa":
-      scale = jax.lax.rsqrt(2.0 * (jnp.asarray(layer, jnp.float32) + 1.0))
+    scale = branch_scale(self.initializer, layer)
     shared = dict(dtype=self.dtype, initializer=self.initializer, out_scale=scale)
     y = layer_norm("norm1", self.eps, self.dtype)(x).astype(dtype)
     y = MultiHeadAttention(
         self.width, self.heads, self.attention, self.attention_chunk, **shared,
-        name="attn",
-    )(y, rope=rope, key_valid=key_valid)
+        biases=self.biases, name="attn",
+    )(y, rope=rope, key_valid=key_valid, asking=class_tokens)
     x = x + self._drop(y, drop_rate)
     y = layer_norm("norm2", self.eps, self.dtype)(x).astype(dtype)
     y = Mlp(self.width, self.mlp_ratio, self.swiglu, **shared, name="mlp")(y)
     return x + self._drop(y, drop_rate)
 
   def _drop(self, y: jax.Array, rate) -> jax.Array:
-    """Drops whole samples and scales the others up (arXiv:1603.09382)."""
-    if rate is None:
-      return y
-    kept = 1.0 - jnp.asarray(rate, jnp.float32)
-    keep = jax.random.bernoulli(
-        self.make_rng("drop_path"), kept, (y.shape[0],) + (1,) * (y.ndim - 1)
-    )
-    return jnp.where(keep, y / kept, 0.0).astype(y.dtype)
+    return y if rate is None else drop_path(self.make_rng("drop_path"), y, rate)
 
 
 class Stack(nn.Module):
@@ -298,8 +312,8 @@ class Stack(nn.Module):
     width: D.
     depth: number of blocks.
     heads: H.
-    mlp_ratio, swiglu, attention, attention_chunk, eps, dtype, initializer: see
-      `Block`.
+    mlp_ratio, swiglu, attention, attention_chunk, eps, dtype, initializer, biases:
+      see `Block`.
     drop_path: share of samples that skip a half of the last block; grows linearly
       from 0 in the first.
     remat: what the backward pass keeps of a block: "none" everything, "full" only
@@ -321,6 +335,7 @@ class Stack(nn.Module):
   eps: float = 1e-6
   dtype: str = "float32"
   initializer: str = "vjepa"
+  biases: str = "qkv"
 
   @nn.compact
   def __call__(
@@ -331,6 +346,7 @@ class Stack(nn.Module):
       key_valid: jax.Array | None = None,
       train: bool = False,
       capture: bool = False,
+      class_tokens: int = 0,
   ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Maps tokens [B, N, D].
 
@@ -340,27 +356,32 @@ class Stack(nn.Module):
       key_valid: bool [B, N]; no token attends to those marked False.
       train: whether drop-path draws (rng stream "drop_path").
       capture: whether to return also the output of each block, [depth, B, N, D].
+      class_tokens: see `Block`.
 
     Raises:
       ValueError: for an unknown remat or initializer, or drop_path outside [0, 1).
     """
-    self._check()
+    check_stack(self.remat, self.initializer, self.drop_path)
     block = Block(
         self.width, self.heads, self.mlp_ratio, self.swiglu, self.attention,
-        self.attention_chunk, self.eps, self.dtype, self.initializer, name="blocks",
+        self.attention_chunk, self.eps, self.dtype, self.initializer,
+        self.biases, name="blocks",
     )
     drops = train and self.drop_path > 0
 
     def step(block, x, layer, rope, key_valid):
-      x = self._laid_out(x)
+      x = laid_out(x, self.attention)
       rate = self.drop_path * layer / max(self.depth - 1, 1) if drops else None
-      x = block(x, layer=layer, drop_rate=rate, rope=rope, key_valid=key_valid)
+      x = block(
+          x, layer=layer, drop_rate=rate, rope=rope, key_valid=key_valid,
+          class_tokens=class_tokens,
+      )
       x = placement.constrain(x, "batch", "tokens", None)
       return x, (x if capture else None)
 
     scan = nn.scan(
-        _remat(step, self.remat),
-        variable_axes={"params": 0},
+        rematerialized(step, self.remat),
+        variable_axes={"params": 0, COLLECTION: 0},
         split_rngs={"params": True, "drop_path": True},
         in_axes=(0, nn.broadcast, nn.broadcast),
         length=self.depth,
@@ -370,30 +391,41 @@ class Stack(nn.Module):
     x, outputs = scan(block, x, jnp.arange(self.depth), rope, key_valid)
     return (x, outputs) if capture else x
 
-  def _laid_out(self, x: jax.Array) -> jax.Array:
-    """Keeps channels innermost on a TPU; left alone, the compiler puts tokens there.
 
-    Every product then reads and writes its rows as they lie in memory.
-    """
-    if of_process(self.attention) != "splash":
-      return x
-    # By itself a compiler may gather the rows of all devices to lay them out.
-    lay_out = lambda x: with_layout_constraint(x, Layout((0, 1, 2)))
-    return placement.per_device(lay_out, x, "batch", "tokens", None)
+def laid_out(x: jax.Array, attention: str) -> jax.Array:
+  """Keeps channels innermost on a TPU; left alone, the compiler puts tokens there.
 
-  def _check(self):
-    for what, got, known in (
-        ("remat", self.remat, REMAT),
-        ("initializer", self.initializer, tuple(INITIALIZERS)),
-    ):
-      if got not in known:
-        nearest = ", ".join(difflib.get_close_matches(str(got), known, 3, 0.0))
-        raise ValueError(f"{what}={got!r} is not known; the closest: {nearest}")
-    if not 0.0 <= self.drop_path < 1.0:
-      raise ValueError(f"drop_path={self.drop_path} must lie in [0, 1)")
+  Every product then reads and writes its rows as they lie in memory.
+
+  Args:
+    x: [B, N, D] or [B, T, n, D], N or T over the mesh's axis "sequence".
+    attention: see `Block`.
+  """
+  if of_process(attention) != "splash":
+    return x
+  # By itself a compiler may gather the rows of all devices to lay them out.
+  lay_out = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+  return placement.per_device(lay_out, x, "batch", "tokens", *[None] * (x.ndim - 2))
 
 
-def _remat(step, kind):
+def check_stack(remat: str, initializer: str, drop_path: float) -> None:
+  """Refuses options of a stack that are unknown or out of range.
+
+  Raises:
+    ValueError: for an unknown remat or initializer, or drop_path outside [0, 1).
+  """
+  for what, got, known in (
+      ("remat", remat, REMAT), ("initializer", initializer, tuple(INITIALIZERS)),
+  ):
+    if got not in known:
+      nearest = ", ".join(difflib.get_close_matches(str(got), known, 3, 0.0))
+      raise ValueError(f"{what}={got!r} is not known; the closest: {nearest}")
+  if not 0.0 <= drop_path < 1.0:
+    raise ValueError(f"drop_path={drop_path} must lie in [0, 1)")
+
+
+def rematerialized(step: Callable[..., Any], kind: str) -> Callable[..., Any]:
+  """Wraps a scan's step so that it keeps what `kind`, one of REMAT, says."""
   if kind == "none":
     return step
   policy = None

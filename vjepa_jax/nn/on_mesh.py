@@ -1,4 +1,4 @@
-"""Attention over the ambient mesh: rows, and queries where tokens are split."""
+"""Attention over the ambient mesh: rows, groups, queries where tokens are split."""
 
 from collections.abc import Callable
 
@@ -67,6 +67,38 @@ def attend(
       one_share, in_specs=(wide, wide, wide, mask), out_specs=wide, check_vma=False
   )(q, k, v, key_valid)
   return out[:, :, :queries]
+
+
+def attend_within(
+    local: Callable[..., jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    opaque: bool,
+) -> jax.Array:
+  """Runs `local` on each device's share of the groups, [B, G, H, N, d].
+
+  Rows are split as in `attend`, groups over "sequence" where it divides them; no
+  group is ever cut, so that nothing is sent.
+
+  Args:
+    local: (q, k, v) -> output, all [B, G, H, N, d], on one device.
+    q, k, v: [B, G, H, N, d].
+    opaque: as in `attend`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  shares = mesh.shape.get(SEQUENCE_AXIS, 1)
+  alone = mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types
+  if alone or (shares == 1 and not opaque):
+    return local(q, k, v)
+  # Mapped by hand even where the compiler could: it cannot join rows and groups
+  # that are both split without sending them around.
+  groups = SEQUENCE_AXIS if shares > 1 and q.shape[1] % shares == 0 else None
+  spec = PartitionSpec(_dividing_axes(q.shape[0], mesh) or None, groups)
+  return jax.shard_map(
+      local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
+  )(q, k, v)
 
 
 def _dividing_axes(rows: int, mesh) -> tuple[str, ...]:

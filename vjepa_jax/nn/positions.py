@@ -196,15 +196,75 @@ def sincos_table(dims: tuple[int, ...], width: int) -> np.ndarray:
   return sincos(tuple(size for size in dims if size > 1), width)
 
 
-def resize_table(
-    table: jax.Array, dims: tuple[int, ...], to: tuple[int, ...]
-) -> jax.Array:
-  """Resamples a table [N, D] of grid `dims` linearly onto grid `to`, [M, D].
+def flat_sincos(tokens: int, width: int) -> np.ndarray:
+  """Returns the fixed table of a row of tokens, float64 [N, D].
 
-  Centres of cells are kept in place and nothing is smoothed, as V-JEPA's
-  `interpolate_pos_encoding` does it.
+  Sine and cosine of a frequency lie side by side, and places are counted through
+  the whole grid as if it were a line: VideoMAE's `get_sinusoid_encoding_table`.
+  """
+  channels = np.arange(width)
+  angles = np.arange(tokens)[:, None] / 10000.0 ** (channels // 2 * 2 / width)
+  return np.where(channels % 2, np.cos(angles), np.sin(angles))
+
+
+def sincos_at(coords: jax.Array, width: int) -> jax.Array:
+  """Returns sines and cosines of coordinates, float32 [..., D].
+
+  Equal shares of the channels for each axis, rounded up and cut to D, each of the
+  frequencies of `sincos`.
+
+  Args:
+    coords: float32 [..., A], one column an axis that counts; A may be 0.
+    width: D.
+  """
+  axes = coords.shape[-1]
+  if not axes:
+    return jnp.zeros((*coords.shape[:-1], width))
+  pairs = -(-width // (2 * axes))
+  omega = 10000.0 ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
+  angles = coords.astype(jnp.float32)[..., None] * omega  # [..., A, pairs]
+  table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+  return table.reshape(*coords.shape[:-1], -1)[..., :width]
+
+
+def coordinates(
+    grid: Grid,
+    ids: jax.Array | None,
+    *,
+    units: str = "index",
+    reference: tuple[float, ...] | None = None,
+    spacing: jax.Array | None = None,
+) -> jax.Array:
+  """Returns where tokens lie on the axes that have more than one, [B or 1, N, A].
+
+  Args and errors are those of `rope`.
+  """
+  _check_known("units", units, UNITS)
+  ids = jnp.arange(grid.tokens)[None] if ids is None else ids
+  axes = np.array(active_axes(grid.dims), int)
+  coords = grid.coords_of(ids).astype(jnp.float32)[..., axes]
+  if units == "mm":
+    step = _physical_step(grid, "rotation", reference, spacing)
+    coords = coords * step[:, None, axes]
+  return coords
+
+
+def resize_table(
+    table: jax.Array,
+    dims: tuple[int, ...],
+    to: tuple[int, ...],
+    method: str = "linear",
+) -> jax.Array:
+  """Resamples a table [N, D] of grid `dims` onto grid `to`, [M, D].
+
+  "linear" keeps centres of cells in place and smooths nothing, as V-JEPA's
+  `interpolate_pos_encoding` does it; "nearest" takes cell floor(i n / m), as
+  torch's `interpolate` and with it TimeSformer does.
   """
   width = table.shape[-1]
+  if method == "nearest":
+    picked = [np.arange(m) * n // m for n, m in zip(dims, to, strict=True)]
+    return table.reshape(*dims, width)[np.ix_(*picked)].reshape(-1, width)
   resized = jax.image.resize(
       table.reshape(*dims, width), (*to, width), "linear", antialias=False
   )
@@ -235,7 +295,7 @@ def _physical_step(grid, layout, reference, spacing) -> jax.Array:
         "rope units 'mm' need reference=(s, mm, mm, mm), positive, what counts as "
         f"one step along T, Z, Y, X; got {reference}"
     )
-  step = np.array(grid.patch, np.float32) / np.array(reference, np.float32)
+  step = np.array(grid.stride or grid.patch, np.float32) / np.array(reference, np.float32)
   return spacing.astype(jnp.float32) * step
 
 

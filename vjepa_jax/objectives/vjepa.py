@@ -106,7 +106,7 @@ class TransformerPredictor(nn.Module):
     """Returns predictions at the target places [B, M, D] and the context's [B, K, D]."""
     tokens, ids = self._assemble(context, split, group)
     tokens = self._transform(
-        tokens, ids, _joined_validity(split), grid, spacing, train
+        tokens, ids, split.valid(), grid, spacing, train
     )
     kept = context.shape[1]
     return tokens[:, kept:], tokens[:, :kept]
@@ -129,7 +129,7 @@ class TransformerPredictor(nn.Module):
     # The groups of a row lie side by side, so that rows stay on their devices.
     join = lambda arrays: jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
     tokens, ids = (join(arrays) for arrays in zip(*parts))
-    valid = [_joined_validity(split) for split in splits]
+    valid = [split.valid() for split in splits]
     if any(v is not None for v in valid):
       whole = jnp.ones(parts[0][1].shape, bool)
       valid = join([whole if v is None else v for v in valid])
@@ -327,19 +327,9 @@ class VJEPA:
   def draw_masks(self, batch: Batch, key: jax.Array) -> tuple[masks_lib.Split, ...]:
     """Draws one Split a mask group, each row from its own key."""
     volume = batch["volume"]
-    grid = self._grid(volume)
-    splits = []
-    for number, name in enumerate(sorted(self.masks)):
-      options = dict(self.masks[name])
-      keys = masks_lib.sample_keys(
-          jax.random.fold_in(key, number), batch["_position"]
-      )
-      for count in ("context", "target"):
-        options[count] = masks_lib.count(options[count], grid.tokens)
-      if options.pop("prior", "uniform") == "foreground":
-        options["weights"] = masks_lib.foreground(volume, grid)
-      splits.append(masks_lib.sample(options.pop("kind"), keys, grid, **options))
-    return tuple(splits)
+    return masks_lib.draw(
+        self.masks, volume, self._grid(volume), key, batch["_position"]
+    )
 
   def loss_on(
       self,
@@ -630,18 +620,6 @@ def _joined(
 ) -> tuple[jax.Array, jax.Array]:
   total = (jnp.sum(rows * weight), jnp.sum(weight))
   return total if metric is None else (metric[0] + total[0], metric[1] + total[1])
-
-
-def _joined_validity(split: masks_lib.Split) -> jax.Array | None:
-  if split.context_valid is None and split.target_valid is None:
-    return None
-  parts = [
-      jnp.ones(ids.shape, bool) if valid is None else valid
-      for ids, valid in (
-          (split.context, split.context_valid), (split.target, split.target_valid)
-      )
-  ]
-  return jnp.concatenate(parts, axis=1)
 
 
 def _token_mask(split: masks_lib.Split) -> jax.Array | None:

@@ -20,6 +20,7 @@ DECAY_RULES: tuple[tuple[str, bool], ...] = (
     (r"(^|/)(bias|scale)$", False),
     (r"(^|/)(kernel|embedding)$", True),
     (r"(^|/)(mask_tokens?|cls|class_token|positions?|pos_embed\w*)$", True),
+    (r"(^|/)(cls_position|positions/(space|time))$", True),
 )
 
 

@@ -300,17 +300,26 @@ def _by_plane(
     change: Callable[[jax.Array, jax.Array], jax.Array],
     volume: jax.Array, first: int, second: int,
 ) -> jax.Array:
-  """Applies change([B, rows, columns], number) to one plane after the other."""
+  """Applies change([B, rows, columns], number) to one plane after the other.
+
+  Where no plane holds the axis T, the planes of all time points go together: a mesh
+  may split it, and whoever picks from an axis that is split gets all of it sent.
+  """
   lines = jnp.moveaxis(volume, (first, second), (-2, -1))
-  planes = lines.reshape(len(volume), -1, *lines.shape[-2:])  # [B, P, rows, columns]
+  together = first > 1 and second > 1 and volume.shape[1] > 1
+  times = volume.shape[1] if together else 1
+  planes = lines.reshape(len(volume), times, -1, *lines.shape[-2:])
 
   def body(number, planes):
-    plane = jax.lax.dynamic_index_in_dim(planes, number, 1, keepdims=False)
-    return jax.lax.dynamic_update_index_in_dim(
-        planes, change(plane, number), number, 1
-    )
+    plane = jax.lax.dynamic_index_in_dim(planes, number, 2, keepdims=False)
+    if together:
+      numbers = number + planes.shape[2] * jnp.arange(times)
+      plane = jax.vmap(change, in_axes=(1, 0), out_axes=1)(plane, numbers)
+    else:
+      plane = change(plane[:, 0], number)[:, None]
+    return jax.lax.dynamic_update_index_in_dim(planes, plane, number, 2)
 
-  planes = jax.lax.fori_loop(0, planes.shape[1], body, planes)
+  planes = jax.lax.fori_loop(0, planes.shape[2], body, planes)
   return jnp.moveaxis(planes.reshape(lines.shape), (-2, -1), (first, second))
 
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from vjepa_jax.volumes.grid import Grid
 
-KINDS = ("random", "tube", "blocks")
-PRIORS = ("uniform", "foreground")
+KINDS = ("random", "tube", "frame_random", "frames", "blocks")
+PRIORS = ("uniform", "foreground", "texture")
+THROUGH = ("TZ", "T")
 
 
 @struct.dataclass
@@ -37,6 +38,21 @@ class Split:
   target: jax.Array
   context_valid: jax.Array | None = None
   target_valid: jax.Array | None = None
+
+  def valid(self) -> jax.Array | None:
+    """Which of context and target, one behind the other, are valid: bool [B, K + M].
+
+    None: all.
+    """
+    if self.context_valid is None and self.target_valid is None:
+      return None
+    parts = [
+        jnp.ones(ids.shape, bool) if valid is None else valid
+        for ids, valid in (
+            (self.context, self.context_valid), (self.target, self.target_valid)
+        )
+    ]
+    return jnp.concatenate(parts, axis=1)
 
 
 def sample_keys(key: jax.Array, positions: jax.Array) -> jax.Array:
@@ -59,9 +75,66 @@ def sample_keys(key: jax.Array, positions: jax.Array) -> jax.Array:
   return jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
 
 
-def count(share: float | int, tokens: int) -> int:
-  """Returns how many tokens a share means: a float is a fraction, an int a count."""
-  return share if isinstance(share, int) else max(1, round(share * tokens))
+def count(share: float | int, tokens: int, unit: int = 1) -> int:
+  """Returns how many tokens a share means: a float is a fraction, an int a count.
+
+  Args:
+    share: fraction or count.
+    tokens: of the whole, N.
+    unit: tokens that stay together, see `unit_of`; a fraction is rounded to whole
+      ones.
+  """
+  if isinstance(share, int):
+    return share
+  return unit * max(1, round(share * tokens / unit))
+
+
+def unit_of(options: Mapping[str, Any], grid: Grid) -> int:
+  """Returns how many tokens a mask group shows or hides at a time.
+
+  Tubes through T alone are whole (t tokens), as are frames (n tokens), and every
+  frame has as many random tokens as the others (t); all else goes token by token.
+  """
+  kind = options["kind"]
+  whole = kind == "tube" and options.get("through", "TZ") == "T"
+  if whole or kind == "frame_random":
+    return grid.dims[0]
+  return grid.places if kind == "frames" else 1
+
+
+def keeps_places(options: Mapping[str, Any]) -> bool:
+  """Whether a mask group shows the same places of every frame."""
+  return options.get("kind") == "tube" and options.get("through", "TZ") == "T"
+
+
+def draw(
+    groups: Mapping[str, Mapping[str, Any]],
+    volume: jax.Array,
+    grid: Grid,
+    key: jax.Array,
+    positions: jax.Array,
+) -> tuple[Split, ...]:
+  """Draws one Split a mask group of a config, in the order of their names.
+
+  Args:
+    groups: name -> options, see `mask_faults`.
+    volume: float [B, T, Z, Y, X, C], what priors look at.
+    grid: geometry of the tokens.
+    key: of the batch.
+    positions: int32 [B], see `sample_keys`.
+  """
+  splits = []
+  for number, name in enumerate(sorted(groups)):
+    options = dict(groups[name])
+    keys = sample_keys(jax.random.fold_in(key, number), positions)
+    unit = unit_of(options, grid)
+    for side in ("context", "target"):
+      options[side] = count(options[side], grid.tokens, unit)
+    prior = options.pop("prior", "uniform")
+    if prior != "uniform":
+      options["weights"] = _PRIORS[prior](volume, grid)
+    splits.append(sample(options.pop("kind"), keys, grid, **options))
+  return tuple(splits)
 
 
 def sample(kind: str, keys: jax.Array, grid: Grid, **options: Any) -> Split:
@@ -70,13 +143,23 @@ def sample(kind: str, keys: jax.Array, grid: Grid, **options: Any) -> Split:
   Raises:
     KeyError: for an unknown kind.
   """
-  samplers = {"random": random, "tube": tube, "blocks": blocks}
+  samplers = {
+      "random": random, "tube": tube, "frame_random": frame_random, "frames": frames,
+      "blocks": blocks,
+  }
   if kind not in samplers:
     raise KeyError(f"masks: no kind {kind!r}; {_closest(kind, KINDS)}")
   return samplers[kind](keys, grid, **options)
 
 
-def random(keys: jax.Array, grid: Grid, *, context: int, target: int) -> Split:
+def random(
+    keys: jax.Array,
+    grid: Grid,
+    *,
+    context: int,
+    target: int,
+    weights: jax.Array | None = None,
+) -> Split:
   """Draws tokens one by one, without regard to place.
 
   Args:
@@ -84,51 +167,128 @@ def random(keys: jax.Array, grid: Grid, *, context: int, target: int) -> Split:
     grid: geometry of the tokens.
     context: K, number of visible tokens.
     target: M, number of tokens to predict.
+    weights: float [B, N]; a token is hidden in proportion, without replacement.
+      None: all alike.
 
   Raises:
     ValueError: if the counts do not fit the grid.
   """
   _require(grid, kind="random", context=context, target=target)
 
-  def draw(key):
-    order = jnp.argsort(jax.random.bits(key, (grid.tokens,)))
+  def draw(key, weight):
+    order = _order(jax.random.bits(key, (grid.tokens,)), weight)
     return (
         jnp.sort(order[target : target + context]), jnp.sort(order[:target])
     )  # yapf: disable
 
-  shown, hidden = jax.vmap(draw)(keys)
+  shown, hidden = _by_row(draw, keys, weights)
   return Split(shown.astype(jnp.int32), hidden.astype(jnp.int32))
 
 
-def tube(keys: jax.Array, grid: Grid, *, context: int, target: int) -> Split:
-  """Draws places in the (y, x) plane and keeps them through all of T and Z.
+def tube(
+    keys: jax.Array,
+    grid: Grid,
+    *,
+    context: int,
+    target: int,
+    through: str = "TZ",
+    weights: jax.Array | None = None,
+) -> Split:
+  """Draws places and keeps them through all of T, or of T and Z.
 
   Where a count is no multiple of the tokens of one tube, the last tube is thinned
-  at random; no place ever holds both context and target.
+  at random; no place ever holds both context and target. Tubes through T alone must
+  be whole, so that every frame has the same places: ids are then [t, k], row-major.
 
   Args:
     keys: [B] of `sample_keys`.
     grid: geometry of the tokens.
     context: K, number of visible tokens.
     target: M, number of tokens to predict.
+    through: "TZ", places lie in (y, x); or "T", in (z, y, x).
+    weights: float [B, N]; a tube is hidden in proportion to the sum of its tokens',
+      without replacement. None: all alike.
 
   Raises:
     ValueError: if the counts do not fit the grid.
   """
-  _require(grid, kind="tube", context=context, target=target)
+  _require(grid, kind="tube", context=context, target=target, through=through)
   t, z, y, x = grid.dims
-  hidden_tubes, shown_tubes = -(-target // (t * z)), -(-context // (t * z))
+  length = t * z if through == "TZ" else t
+  places = grid.tokens // length
+  hidden_tubes, shown_tubes = -(-target // length), -(-context // length)
 
-  def draw(key):
-    bits = jax.random.bits(key, (y * x + grid.tokens,))
-    order = jnp.argsort(bits[: y * x])
-    rank = jnp.tile(jnp.argsort(order), t * z)  # [N], of each token's tube
+  def draw(key, weight):
+    bits = jax.random.bits(key, (places + grid.tokens,))
+    if weight is not None:
+      weight = weight.reshape(length, places).sum(axis=0)
+    order = _order(bits[:places], weight)
+    rank = jnp.tile(jnp.argsort(order), length)  # [N], of each token's tube
     hidden = rank < hidden_tubes
     shown = ~hidden & (rank < hidden_tubes + shown_tubes)
-    split = _fill(bits[y * x :], shown, hidden, context, target)
+    split = _fill(bits[places:], shown, hidden, context, target)
     return split.replace(context_valid=None, target_valid=None)
 
-  return jax.vmap(draw)(keys)
+  return _by_row(draw, keys, weights)
+
+
+def frame_random(
+    keys: jax.Array,
+    grid: Grid,
+    *,
+    context: int,
+    target: int,
+    weights: jax.Array | None = None,
+) -> Split:
+  """Draws tokens of every frame by themselves, as many in each.
+
+  Args:
+    keys: [B] of `sample_keys`.
+    grid: geometry of the tokens.
+    context: K, number of visible tokens, a multiple of t.
+    target: M, number of tokens to predict, a multiple of t.
+    weights: float [B, N]; a token is hidden in proportion, without replacement.
+      None: all alike.
+
+  Raises:
+    ValueError: if the counts do not fit the grid.
+  """
+  _require(grid, kind="frame_random", context=context, target=target)
+  t, n = grid.dims[0], grid.places
+  first = jnp.arange(t, dtype=jnp.int32)[:, None] * n
+  shown, hidden = context // t, target // t
+
+  def draw(key, weight):
+    weight = None if weight is None else weight.reshape(t, n)
+    order = _order(jax.random.bits(key, (t, n)), weight)
+    ids = lambda part: (jnp.sort(part) + first).reshape(-1)
+    return ids(order[:, hidden : hidden + shown]), ids(order[:, :hidden])
+
+  return Split(*(ids.astype(jnp.int32) for ids in _by_row(draw, keys, weights)))
+
+
+def frames(keys: jax.Array, grid: Grid, *, context: int, target: int) -> Split:
+  """Draws whole frames.
+
+  Args:
+    keys: [B] of `sample_keys`.
+    grid: geometry of the tokens.
+    context: K, number of visible tokens, a multiple of n.
+    target: M, number of tokens to predict, a multiple of n.
+
+  Raises:
+    ValueError: if the counts do not fit the grid.
+  """
+  _require(grid, kind="frames", context=context, target=target)
+  t, n = grid.dims[0], grid.places
+  shown, hidden = context // n, target // n
+
+  def draw(key, _):
+    order = jnp.argsort(jax.random.bits(key, (t,)))
+    ids = lambda part: (jnp.sort(part)[:, None] * n + jnp.arange(n)).reshape(-1)
+    return ids(order[hidden : hidden + shown]), ids(order[:hidden])
+
+  return Split(*(ids.astype(jnp.int32) for ids in _by_row(draw, keys, None)))
 
 
 def blocks(
@@ -186,7 +346,7 @@ def blocks(
     hidden &= ~(hidden.all() & lucky)
     return _fill(fill_bits, ~hidden, hidden, context, target)
 
-  return jax.vmap(draw, (0, None if weights is None else 0))(keys, weights)
+  return _by_row(draw, keys, weights)
 
 
 def block_extents(
@@ -248,12 +408,34 @@ def foreground(volume: jax.Array, grid: Grid) -> jax.Array:
   return weight / weight.sum(axis=1, keepdims=True)
 
 
+def texture(volume: jax.Array, grid: Grid) -> jax.Array:
+  """Says where something is to be seen, by the spread of voxels in every token.
+
+  No token weighs less than a tenth of the average.
+
+  Args:
+    volume: float [B, T, Z, Y, X, C].
+    grid: geometry of the tokens.
+
+  Returns:
+    float32 [B, N], each row summing to 1.
+  """
+  spread = grid.patchify(volume).astype(jnp.float32).std(axis=-1)  # [B, N]
+  mean = spread.mean(axis=1, keepdims=True)
+  weight = jnp.maximum(jnp.where(mean > 0, spread, 1), 0.1 * mean)
+  return weight / weight.sum(axis=1, keepdims=True)
+
+
+_PRIORS = {"foreground": foreground, "texture": texture}
+
+
 def mask_faults(options: Mapping[str, Any], grid: Grid) -> list[str]:
   """Says what is wrong with a mask group of a config; an empty list is well.
 
   Args:
     options: `kind`, `context` and `target` (fractions of the tokens, or counts),
-      and what the kind's sampler takes; blocks may name a `prior` of PRIORS.
+      and what the kind's sampler takes; all but "frames" may name a `prior` of
+      PRIORS.
     grid: geometry of the tokens.
   """
   kind = options.get("kind")
@@ -263,14 +445,20 @@ def mask_faults(options: Mapping[str, Any], grid: Grid) -> list[str]:
   needed = known
   if kind == "blocks":
     needed += ("count", "spatial_scale")
-    known = needed + ("depth_scale", "aspect", "prior")
+    known = needed + ("depth_scale", "aspect")
+  if kind == "tube":
+    known += ("through",)
+  if kind != "frames":
+    known += ("prior",)
   faults = [
       f"{key} is no option of {kind}; {_closest(key, known)}"
       for key in options if key not in known
   ] + [f"{key} is missing" for key in needed if key not in options]  # yapf: disable
   if faults:
     return faults
-  numbers = dict(options)
+  if options.get("through", "TZ") not in THROUGH:
+    return [f"through {options['through']!r}; {_closest(options['through'], THROUGH)}"]
+  numbers, unit = dict(options), unit_of(options, grid)
   for key in ("context", "target"):
     value = options[key]
     top = 1 if isinstance(value, float) else grid.tokens
@@ -280,7 +468,7 @@ def mask_faults(options: Mapping[str, Any], grid: Grid) -> list[str]:
           f"1..{grid.tokens}"
       )
     else:
-      numbers[key] = count(value, grid.tokens)
+      numbers[key] = count(value, grid.tokens, unit)
   if options.get("prior", "uniform") not in PRIORS:
     faults.append(f"prior {options['prior']!r}; {_closest(options['prior'], PRIORS)}")
   return faults or _count_faults(grid, **numbers)
@@ -288,17 +476,23 @@ def mask_faults(options: Mapping[str, Any], grid: Grid) -> list[str]:
 
 def _count_faults(
     grid: Grid, *, kind: str, context: int, target: int, prior: str = "uniform",
-    **shape: Any,
+    through: str = "TZ", **shape: Any,
 ) -> list[str]:  # yapf: disable
   del prior  # checked by the caller; changes no count
   faults = []
-  room, unit = grid.tokens, 1
+  unit = unit_of(dict(kind=kind, through=through), grid)
+  if context % unit or target % unit:
+    faults.append(
+        f"context {context} and target {target} must be multiples of {unit}: a "
+        f"{kind} mask of the grid {grid.dims} has that many tokens at a time"
+    )
   if kind == "tube":
-    unit = grid.dims[0] * grid.dims[1]
-    room = grid.dims[2] * grid.dims[3]
+    unit = grid.dims[0] * (grid.dims[1] if through == "TZ" else 1)
+  room = grid.tokens // unit
   wanted = -(-context // unit) + -(-target // unit)
   if min(context, target) < 1 or wanted > room:
-    what = f"tubes of {unit} tokens" if kind == "tube" else "tokens"
+    what = f"{kind}: groups of {unit} tokens" if unit > 1 else "tokens"
+    what = f"tubes of {unit} tokens" if kind == "tube" else what
     faults.append(
         f"context {context} and target {target} must be at least 1 and fit together: "
         f"they need {wanted} {what}, the grid {grid.dims} has {room}"
@@ -348,6 +542,19 @@ def _is_number(value: Any) -> bool:
 def _closest(name: Any, names: tuple[str, ...]) -> str:
   near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.0)
   return f"closest: {', '.join(near)}"
+
+
+def _by_row(draw, keys: jax.Array, weights: jax.Array | None):
+  """Maps draw(key, weight or None) over the rows of a batch."""
+  return jax.vmap(draw, (0, None if weights is None else 0))(keys, weights)
+
+
+def _order(bits: jax.Array, weight: jax.Array | None) -> jax.Array:
+  """A random order of the last axis; the heavier come sooner (Gumbel's top k)."""
+  if weight is None:
+    return jnp.argsort(bits)
+  uniform = jnp.maximum(_uniform(bits), 2.0**-25)
+  return jnp.argsort(-jnp.log(uniform) / weight)
 
 
 def _uniform(bits: jax.Array) -> jax.Array:
