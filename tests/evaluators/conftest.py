@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vjepa_jax.backbones.base import Features
-from vjepa_jax.data import pipeline
+from vjepa_jax.data import phantom_embryos, pipeline
 from vjepa_jax.data.manifest import Row
 from vjepa_jax.data.record import ReadError, Record
 from vjepa_jax.volumes.grid import Grid
@@ -74,3 +74,27 @@ def patches():
     return Features(GRID.patchify(volume) * params["scale"], GRID)
 
   return {"features": features}
+
+
+@pytest.fixture(scope="session")
+def embryo_corpus(tmp_path_factory):
+  """Manifest of 7 small phantom embryos of 32 minutes, 3 of them in "validation"."""
+  return phantom_embryos.write_embryo_corpus(
+      tmp_path_factory.mktemp("embryos") / "corpus",
+      embryos=dict(train=4, validation=3), frames=32, shape=(8, 16, 16),
+  )
+
+
+@pytest.fixture(scope="session")
+def open_embryos(embryo_corpus):
+  """Returns open(...) -> open data of clips of 4 minutes with their true stages."""
+
+  def opened(manifest=embryo_corpus, *, clip=None, stages=None, **options):
+    return pipeline.open_data(
+        str(manifest), canvas=(8, 16, 16), splits="split",
+        clip=dict(frames=4) | (clip or {}),
+        stages=dict(taxonomy="phantom8", sources=("table",)) | (stages or {}),
+        **options,
+    )
+
+  return opened

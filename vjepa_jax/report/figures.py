@@ -13,14 +13,11 @@ from typing import Any
 import cv2
 import numpy as np
 
-UNUSED, CONTEXT, TARGET = 0, 1, 2
+from vjepa_jax.report import canvas
+from vjepa_jax.report.canvas import BLUE, GREEN, GREY, INK, MUTED, ORANGE, RULE, VIOLET
+from vjepa_jax.report.canvas import require_matplotlib as require_matplotlib
 
-_INK, _MUTED, _RULE = "#1f2328", "#5b6169", "#d5d8dc"
-# Blue, orange, green, violet, grey: told apart by colour-blind readers.
-_BLUE, _ORANGE, _GREEN, _VIOLET, _GREY = (
-    "#0072b2", "#d55e00", "#009e73", "#8a5fbf", "#7a7f87"
-)
-_DPI = 110
+UNUSED, CONTEXT, TARGET = 0, 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +33,6 @@ class Scan:
   title: str
   volume: np.ndarray
   spacing_mm: Sequence[float] = (math.nan, math.nan, math.nan)
-
-
-def require_matplotlib() -> None:
-  """Raises ImportError that names the extra, where matplotlib is missing."""
-  try:
-    import matplotlib  # noqa: F401, PLC0415
-  except ImportError as error:
-    raise ImportError(
-        "figures need matplotlib, which is not installed: "
-        'pip install "vjepa_jax[figures]"'
-    ) from error
 
 
 def mask_panel(
@@ -92,7 +78,7 @@ def mask_panel(
     titles += [f"mask {group + 1}: B-scan"] + [f"mask {group + 1}: en face"] * face
   _title_grid(axes, titles, scans)
   _mask_legend(figure)
-  return _pixels(figure)
+  return canvas.pixels(figure)
 
 
 def grid_panel(scans: Sequence[Scan], dims: Sequence[int]) -> np.ndarray:
@@ -122,9 +108,9 @@ def grid_panel(scans: Sequence[Scan], dims: Sequence[int]) -> np.ndarray:
   _title_grid(axes, ["B-scan", "en face", "across"], scans)
   figure.supxlabel(
       f"Lines: borders of {' x '.join(map(str, dims))} tokens (z, y, x)",
-      fontsize=8, color=_MUTED,
+      fontsize=8, color=MUTED,
   )
-  return _pixels(figure)
+  return canvas.pixels(figure)
 
 
 def pca_panel(
@@ -165,8 +151,8 @@ def pca_panel(
       )
   _title_grid(axes, titles, scans)
   note = "Colours: three principal components, fitted on the foreground of all scans"
-  figure.supxlabel(note, fontsize=8, color=_MUTED)
-  return _pixels(figure)
+  figure.supxlabel(note, fontsize=8, color=MUTED)
+  return canvas.pixels(figure)
 
 
 def token_colours(
@@ -236,7 +222,7 @@ def curves(
     )
   columns = min(2, len(panels))
   rows = math.ceil(len(panels) / columns)
-  figure = _figure(5.4 * columns, 3.6 * rows + (0.3 if title else 0.0))
+  figure = canvas.figure(5.4 * columns, 3.6 * rows + (0.3 if title else 0.0))
   axes = figure.subplots(rows, columns, squeeze=False).ravel()
   for axis in axes[len(panels):]:
     axis.remove()
@@ -244,8 +230,8 @@ def curves(
     draw(axis, history)
     _style(axis)
   if title:
-    figure.suptitle(title, fontsize=11, color=_INK)
-  return _pixels(figure)
+    figure.suptitle(title, fontsize=11, color=INK)
+  return canvas.pixels(figure)
 
 
 def has_curves(history: Iterable[Mapping[str, Any]]) -> bool:
@@ -285,28 +271,28 @@ def _loss_panel(axis, history):
   steps, values = series(history, "loss")
   smooth = _smoothed(values)
   if smooth is not None:
-    axis.plot(steps, values, color=_BLUE, alpha=0.25, linewidth=0.8)
-    axis.plot(steps, smooth, color=_BLUE, linewidth=1.8, label="training (smoothed)")
+    axis.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
+    axis.plot(steps, smooth, color=BLUE, linewidth=1.8, label="training (smoothed)")
   else:
-    axis.plot(steps, values, color=_BLUE, linewidth=1.8, label="training")
+    axis.plot(steps, values, color=BLUE, linewidth=1.8, label="training")
   others = sorted({
       key
       for line in history
       for key in line
       if key != "loss" and "loss" in key.split(".")
   })
-  for key, colour in zip(others, (_ORANGE, _GREEN, _VIOLET), strict=False):
+  for key, colour in zip(others, (ORANGE, GREEN, VIOLET), strict=False):
     axis.plot(
         *series(history, key), color=colour, linewidth=1.5, marker="o",
         markersize=3.5, label=key.replace("loss", "").strip(". ") or key,
     )
-  _head(axis, "Loss (no score of quality)")
+  canvas.head(axis, "Loss (no score of quality)")
 
 
 def _probe_panel(axis, history):
   lines = (
-      ("probe.accuracy", "target encoder", _BLUE),
-      ("probe.context", "online encoder", _VIOLET),
+      ("probe.accuracy", "target encoder", BLUE),
+      ("probe.context", "online encoder", VIOLET),
   )
   for key, label, colour in lines:
     steps, values = series(history, key)
@@ -321,10 +307,10 @@ def _probe_panel(axis, history):
             label="95 % over patients",
         )
   baselines = (
-      ("probe.depth_profile", "depth profile", _GREEN, "-."),
-      ("probe.pixel_pca", "pixel PCA", _ORANGE, "--"),
-      ("probe.intensity", "intensity", _GREY, "--"),
-      ("probe.chance", "chance", _GREY, ":"),
+      ("probe.depth_profile", "depth profile", GREEN, "-."),
+      ("probe.pixel_pca", "pixel PCA", ORANGE, "--"),
+      ("probe.intensity", "intensity", GREY, "--"),
+      ("probe.chance", "chance", GREY, ":"),
   )
   for key, label, colour, style in baselines:
     values = series(history, key)[1]
@@ -332,12 +318,12 @@ def _probe_panel(axis, history):
       axis.axhline(
           values[-1], color=colour, linestyle=style, linewidth=1.3, label=label
       )
-  _head(axis, "Probe: balanced accuracy, by patient")
+  canvas.head(axis, "Probe: balanced accuracy, by patient")
 
 
 def _spread_panel(axis, history):
   for name, label, colour in (
-      ("std", "std", _BLUE), ("cosine", "cosine", _ORANGE)
+      ("std", "std", BLUE), ("cosine", "cosine", ORANGE)
   ):
     for suffix, style, where in (("", "-", "all"), ("_foreground", "--", "foreground")):
       steps, values = series(history, f"health.{name}{suffix}")
@@ -346,22 +332,22 @@ def _spread_panel(axis, history):
             steps, values, style, color=colour, marker="o", markersize=3.5,
             label=f"{label}, {where}",
         )
-  _head(axis, "Target tokens: std of a dimension, pairwise cosine")
+  canvas.head(axis, "Target tokens: std of a dimension, pairwise cosine")
   axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
 
 
 def _rank_panel(axis, history):
   for key, label, colour, style in (
-      ("health.rankme", "all, centred", _BLUE, "-"),
-      ("health.rankme_foreground", "foreground, centred", _BLUE, "--"),
-      ("health.rankme_uncentred", "all, uncentred", _GREEN, "-"),
+      ("health.rankme", "all, centred", BLUE, "-"),
+      ("health.rankme_foreground", "foreground, centred", BLUE, "--"),
+      ("health.rankme_uncentred", "all, uncentred", GREEN, "-"),
   ):
     steps, values = series(history, key)
     if steps.size:
       axis.plot(
           steps, values, style, color=colour, marker="o", markersize=3.5, label=label
       )
-  _head(axis, "Target tokens: RankMe (number of directions)")
+  canvas.head(axis, "Target tokens: RankMe (number of directions)")
   axis.set_ylim(bottom=0.0)
 
 
@@ -377,31 +363,23 @@ def _smoothed(values: np.ndarray) -> np.ndarray | None:
   )
 
 
-def _head(axis, text: str) -> None:
-  axis.set_title(text, loc="left", fontsize=10, color=_INK)
-
-
 def _style(axis) -> None:
-  axis.set_xlabel("optimiser step", fontsize=9, color=_MUTED)
-  axis.tick_params(labelsize=8, colors=_MUTED, length=3)
-  axis.grid(True, color=_RULE, linewidth=0.6)
+  axis.set_xlabel("optimiser step", fontsize=9, color=MUTED)
+  axis.grid(True, color=RULE, linewidth=0.6)
   axis.set_axisbelow(True)
-  for side in ("top", "right"):
-    axis.spines[side].set_visible(False)
-  for side in ("left", "bottom"):
-    axis.spines[side].set_color(_RULE)
+  canvas.plain(axis)
   entries = len(axis.get_legend_handles_labels()[0])
   # Below, where no curve can run beneath it.
   axis.legend(
       loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False, fontsize=8,
-      ncols=2 if entries == 4 else 3, labelcolor=_INK, handlelength=2.8,
+      ncols=2 if entries == 4 else 3, labelcolor=INK, handlelength=2.8,
   )
 
 
 def _scan_grid(scans, columns: int):
   """Returns (figure, axes [S][columns], shape): panels of one size."""
   shape = scans[0].volume.shape
-  figure = _figure(1.8 * columns + 0.35, 1.4 * len(scans) + 0.6)
+  figure = canvas.figure(1.8 * columns + 0.35, 1.4 * len(scans) + 0.6)
   axes = figure.subplots(len(scans), columns, squeeze=False)
   return figure, axes, shape
 
@@ -421,9 +399,7 @@ def _show(axis, picture, scan: Scan, plane: str, shape, *, interpolation="neares
   unit = " mm" if known else ""
   axis.set_xticklabels(["", f"{extents[1]:.3g}{unit}"], ha="right")
   axis.set_yticklabels(["", f"{extents[0]:.3g}{unit}"], rotation=90, va="bottom")
-  axis.tick_params(length=0, labelsize=7, colors=_MUTED, pad=1)
-  for spine in axis.spines.values():
-    spine.set_visible(False)
+  canvas.bare(axis)
 
 
 def _rule_tokens(axis, counts: Sequence[int]) -> None:
@@ -437,9 +413,9 @@ def _rule_tokens(axis, counts: Sequence[int]) -> None:
 
 def _title_grid(axes, titles, scans) -> None:
   for axis, text in zip(axes[0], titles, strict=True):
-    axis.set_title(text, fontsize=8, color=_INK)
+    axis.set_title(text, fontsize=8, color=INK)
   for row, scan in zip(axes, scans, strict=True):
-    row[0].set_ylabel(scan.title, fontsize=8, color=_INK)
+    row[0].set_ylabel(scan.title, fontsize=8, color=INK)
 
 
 def _mask_legend(figure) -> None:
@@ -447,20 +423,18 @@ def _mask_legend(figure) -> None:
 
   figure.legend(
       handles=[
-          patches.Patch(color=_BLUE, label="context: seen"),
-          patches.Patch(color=_ORANGE, label="target: predicted"),
+          patches.Patch(color=BLUE, label="context: seen"),
+          patches.Patch(color=ORANGE, label="target: predicted"),
           patches.Patch(color="#33363a", label="neither"),
       ],
       loc="outside lower center", ncols=3, frameon=False, fontsize=8,
-      labelcolor=_INK,
+      labelcolor=INK,
   )
 
 
 def _grey(section: np.ndarray, volume: np.ndarray) -> np.ndarray:
   """Returns the section as RGB [H, W, 3], windowed by its whole volume."""
-  low, high = np.percentile(volume, [1.0, 99.7])
-  grey = np.clip((section - low) / max(high - low, 1e-12), 0.0, 1.0)
-  return np.repeat(grey[..., None], 3, axis=-1)
+  return canvas.grey(section, *np.percentile(volume, [1.0, 99.7]))
 
 
 def _tinted(picture: np.ndarray, state: np.ndarray) -> np.ndarray:
@@ -470,8 +444,8 @@ def _tinted(picture: np.ndarray, state: np.ndarray) -> np.ndarray:
   rows = np.arange(picture.shape[0]) * state.shape[0] // picture.shape[0]
   columns = np.arange(picture.shape[1]) * state.shape[1] // picture.shape[1]
   state = state[rows][:, columns, None]
-  context = 0.5 * picture + 0.5 * np.array(colors.to_rgb(_BLUE))
-  target = 0.45 * picture + 0.55 * np.array(colors.to_rgb(_ORANGE))
+  context = 0.5 * picture + 0.5 * np.array(colors.to_rgb(BLUE))
+  target = 0.45 * picture + 0.55 * np.array(colors.to_rgb(ORANGE))
   tinted = np.where(state == CONTEXT, context, 0.3 * picture)
   return np.where(state == TARGET, target, tinted)
 
@@ -479,20 +453,3 @@ def _tinted(picture: np.ndarray, state: np.ndarray) -> np.ndarray:
 def _brightest(volume: np.ndarray, tokens: int) -> int:
   """Returns the row of tokens whose voxels are brightest."""
   return int(volume.mean(axis=(0, 2)).reshape(tokens, -1).mean(axis=1).argmax())
-
-
-def _figure(width: float, height: float):
-  require_matplotlib()
-  from matplotlib.backends import backend_agg  # noqa: PLC0415
-  from matplotlib.figure import Figure  # noqa: PLC0415
-
-  figure = Figure(
-      figsize=(width, height), dpi=_DPI, layout="constrained", facecolor="white"
-  )
-  backend_agg.FigureCanvasAgg(figure)
-  return figure
-
-
-def _pixels(figure) -> np.ndarray:
-  figure.canvas.draw()
-  return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
