@@ -19,6 +19,11 @@ ARMS = [
     (name, arm)
     for name in ("oct_multi", "oct_single")
     for arm in ("", "L", "H", "heads=12", "literal", "smoke", "literal,smoke", "sample", "tiny")
+] + [
+    ("worm_mae", arm) for arm in (
+        "", "full", "base", "large", "xlarge", "huge", "literal", "smoke", "base,smoke",
+        "literal,smoke", "sample", "tiny",
+    )
 ]
 
 

@@ -22,6 +22,7 @@ CONFIGS = {
     "oct_multi_B": "configs/oct_multi.py",
     "oct_multi_L": "configs/oct_multi.py:L",
     "oct_multi_H": "configs/oct_multi.py:H",
+    "worm_mae_small": "configs/worm_mae.py",
 }
 KEPT = ("peak_gib_per_chip", "step_ms_bound")
 TOLERANCE = 0.03

@@ -51,7 +51,8 @@ def measure(
   for depth in depths:
     plain = {**plain, "data": {**plain["data"]}}
     plain["data"]["canvas"] = (depth, *plain["data"]["canvas"][1:])
-    tokens = config_lib.model_grid(plain).tokens
+    grid = config_lib.model_grid(plain)
+    tokens = grid.tokens
     begin = time.perf_counter()
     compiled = estimate.compile_lowered(programs.step_program(
         plain, mesh, platform="tpu", batch_size=batch_per_chip * slice_.chips
@@ -62,23 +63,32 @@ def measure(
     last = peak
     found["tokens"].append(tokens)
     found["peak_gib"].append(estimate.gib(peak))
-    found["squares"] += squares(compiled.as_text(), lengths(plain, tokens))
+    found["squares"] += squares(
+        compiled.as_text(), lengths(plain, tokens, grid.dims[0])
+    )
     print(f"{tokens} tokens: {estimate.gib(peak)} GiB a chip", file=sys.stderr)
   return found
 
 
-def lengths(plain: Mapping[str, Any], tokens: int) -> set[int]:
+def lengths(plain: Mapping[str, Any], tokens: int, frames: int = 1) -> set[int]:
   """Returns how many tokens attend to each other in the parts of a config's step.
 
   All of a volume's, each mask group's visible ones and, in its predictor, visible and
   hidden ones; each also rounded up to a kernel's block. Lengths below an eighth of
   all are left out: they could be a width, and their squares are small.
+
+  Args:
+    plain: of the config.
+    tokens: of a volume.
+    frames: along T, where attention is divided: the same are then of one frame, too.
   """
   found = {tokens}
   for options in plain["objective"].get("masks", {}).values():
     seen = masks.count(options["context"], tokens)
     found |= {seen, seen + masks.count(options["target"], tokens)}
-  return {m for n in found if 8 * n >= tokens for m in (n, -(-n // 128) * 128)}
+  found |= {n // frames for n in found}
+  least = tokens // frames
+  return {m for n in found if 8 * n >= least for m in (n, -(-n // 128) * 128)}
 
 
 def squares(text: str, lengths: Collection[int]) -> list[str]:

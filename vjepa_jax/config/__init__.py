@@ -150,7 +150,8 @@ def _build_evaluators(plain, functions, data, **steps):
   evaluators = {}
   for name, options in plain["evals"].items():
     unit = names.resolve("evals", options["type"])
-    if getattr(unit, "needs_labels", False) and not plain["data"].get("label"):
+    labelled = plain["data"].get("label") or plain["data"].get("stages")
+    if getattr(unit, "needs_labels", False) and not labelled:
       continue
     options = in_steps(
         options, [*names.parameters(unit), "every_steps"], **steps

@@ -12,9 +12,9 @@ from typing import Any
 import ml_collections
 
 from vjepa_jax.config import names, units
+from vjepa_jax.data import clips, ops, pipeline, readers, stages, storage
 from vjepa_jax.data import manifest as manifest_lib
 from vjepa_jax.data import mixture as mixture_lib
-from vjepa_jax.data import ops, phantoms, pipeline, readers, storage
 from vjepa_jax.train import loop, sharding
 from vjepa_jax.volumes import augment, masks
 from vjepa_jax.volumes.grid import grid_faults
@@ -22,7 +22,9 @@ from vjepa_jax.volumes.grid import grid_faults
 SECTIONS = ("data", "augment", "model", "objective", "optimizer", "train", "evals")
 WANDB = ("project", "entity", "name", "mode", "tags", "group", "notes")
 # Options of a reader that have a key of their own, or come from a row.
-_SAID_ELSEWHERE = {"modalities", "colour", "max_voxels", "manifest_spacing", "series"}
+_SAID_ELSEWHERE = {
+    "modalities", "colour", "max_voxels", "series", "frame",
+}
 _STORAGE_KINDS = dict(cache=str, cache_bytes=int, deadline_s=float, anonymous=bool)
 # What an empty key of the section says.
 _NOT_GIVEN = (None, "", (), {})
@@ -227,10 +229,21 @@ def _missing_faults(
 def _geometry_faults(plain: Mapping[str, Any]) -> list[str]:
   """Voxels by patch, crop by canvas."""
   canvas, crop = plain["data"]["canvas"], plain["augment"].get("crop")
-  voxels = tuple(crop or (1, *canvas))
+  frames = (plain["data"].get("clip") or {}).get("frames", 1)
+  if not isinstance(frames, int) or frames < 1:  # reported as a fault of the data
+    return []
+  voxels = tuple(crop or (frames, *canvas))
   where = "augment.crop" if crop else "data.canvas"
-  patch = tuple(plain["model"]["patch"])
-  faults = [f"{where} {voxels}: {f}" for f in grid_faults(voxels, patch)]
+  try:
+    model = units.build_model(plain)
+  except ValueError:  # reported as a fault of the model
+    model = None
+  faults = [] if model is None else [
+      f"{where} {voxels}: {f}" for f in grid_faults(
+          voxels, tuple(model.patch), getattr(model, "pad", False),
+          getattr(model, "stride", None),
+      )
+  ]
   canvases = {"": canvas} | {
       name: tuple(own["canvas"])
       for name, own in (plain["data"].get("sources") or {}).items()
@@ -239,27 +252,56 @@ def _geometry_faults(plain: Mapping[str, Any]) -> list[str]:
   for name, own in canvases.items():
     faults += [
         f"augment{f' of data.sources.{name}' if name else ''}: {f}"
-        for f in augment.augment_faults(plain["augment"], (1, *own))
+        for f in augment.augment_faults(plain["augment"], (frames, *own))
     ]
     if tuple(own) != tuple(canvas) and not crop:
       faults.append(
           f"data.sources.{name}.canvas: {own} is not data.canvas {canvas}; the model "
           "has one grid, so give both or an augment.crop that fits in each"
       )
+  return faults + _time_faults(plain, frames)
+
+
+def _time_faults(plain: Mapping[str, Any], frames: int) -> list[str]:
+  """Views that would part the time points of a clip from their stages."""
+  if not plain["data"].get("stages"):
+    return []
+  options, faults = plain["augment"], []
+  for key in ("flip", "shift", "scale"):
+    values = options.get(key)
+    if isinstance(values, list | tuple) and values and values[0]:
+      faults.append(
+          f"augment.{key}: {tuple(values)} moves the time points of a clip, whose "
+          "stages (data.stages) stay; make its first number 0"
+      )
+  crop = options.get("crop")
+  if isinstance(crop, list | tuple) and crop and crop[0] != frames:
+    faults.append(
+        f"augment.crop: T={crop[0]} of data.clip.frames {frames} time points that have "
+        "stages (data.stages); keep them all, or cut shorter clips"
+    )
+  for key in ("rotate_axes", "rot90_axes"):
+    if "T" in options.get(key, ()) and options.get(key.removesuffix("_axes")):
+      faults.append(f"augment.{key}: {options[key]} turns the time of a clip")
   return faults
 
 
 def _mask_faults(plain: Mapping[str, Any]) -> list[str]:
-  """Options of the mask groups, their counts against the grid."""
+  """Options of the mask groups, their counts against the grid and the model."""
   try:
-    grid = units.model_grid(plain)
-  except ValueError:  # reported as a fault of the geometry
+    grid, model = units.model_grid(plain), units.build_model(plain)
+  except ValueError:  # reported as a fault of the geometry or the model
     return []
-  return [
+  options = {k: v for k, v in plain["objective"].items() if k != "name"}
+  faults = [
       f"objective.masks.{name}: {fault}"
-      for name, group in plain["objective"].get("masks", {}).items()
+      for name, group in options.get("masks", {}).items()
       for fault in masks.mask_faults(group, grid)
   ]
+  module = names.module_of("objective", plain["objective"]["name"])
+  if hasattr(module, "pair_faults"):
+    faults += module.pair_faults(model, **options)
+  return faults
 
 
 def _data_faults(plain: Mapping[str, Any]) -> list[str]:
@@ -281,6 +323,7 @@ def _data_faults(plain: Mapping[str, Any]) -> list[str]:
       faults.append(f"data.cache: {data['cache']!r} must be a local folder or gs://")
   if data.get("cache_bytes", 0) < 0:
     faults.append(f"data.cache_bytes: {data['cache_bytes']} must not be negative")
+  faults += _clip_faults(data)
   faults += _storage_faults(data.get("storage", {}))
   faults += _field_faults("data.stratify", data.get("stratify", ()))
   splits = data.get("splits", {})
@@ -290,6 +333,31 @@ def _data_faults(plain: Mapping[str, Any]) -> list[str]:
       faults.append(f"data.splits: {shares}; needs train, and shares above 0")
     elif abs(sum(splits.values()) - 1) > 1e-6:
       faults.append(f"data.splits: {shares} add to {sum(splits.values()):g}, not 1")
+  return faults
+
+
+def _clip_faults(data: Mapping[str, Any]) -> list[str]:
+  """Clips of movies, and the stages of their time points."""
+  clip, staging = (
+      units.filled_in({k: v for k, v in data.get(key, {}).items() if v is not None})
+      for key in ("clip", "stages")
+  )
+  faults = [f"data.clip.{f}" for f in clips.clip_option_faults(clip)] if clip else []
+  faults += [f"data.stages.{f}" for f in stages.stage_option_faults(staging)]
+  if staging and not clip:
+    faults.append(
+        "data.stages: given without data.clip; stages are of the time points of clips"
+    )
+  if clip and clip.get("time_blocks") and data.get("split_column"):
+    faults.append(
+        f"data.clip.time_blocks: {clip['time_blocks']} beside data.split_column "
+        f"{data['split_column']!r}; time is shared out by data.splits alone"
+    )
+  low, high = data.get("percentiles", (0.5, 99.8))[:2]
+  if not 0 <= low < high <= 100:
+    faults.append(
+        f"data.percentiles: {(low, high)} must be two numbers that rise within 0 .. 100"
+    )
   return faults
 
 
@@ -341,10 +409,11 @@ def _table_faults(place: str, data: Mapping[str, Any]) -> list[str]:
   """What a manifest and the way from its files to canvases may say, here or there."""
   faults = []
   manifest = data.get("manifest", "")
-  if manifest.startswith("phantom:") and manifest[8:] not in units.PHANTOMS:
+  corpora = (*units.PHANTOMS, *units.EMBRYOS)
+  if manifest.startswith("phantom:") and manifest[8:] not in corpora:
     faults.append(
         f"{place}.manifest: no embedded corpus {manifest!r}; there are "
-        + ", ".join(f"phantom:{key}" for key in units.PHANTOMS)
+        + ", ".join(f"phantom:{key}" for key in corpora)
     )
   try:
     ops.check_options(data.get("resample", "resize"), data.get("dtype", "uint8"))
@@ -490,9 +559,9 @@ def _split_names(data: Mapping[str, Any]) -> list[str] | None:
   if not data.get("split_column"):
     return list(data["splits"])
   _, _, corpus = (data.get("manifest") or "").partition("phantom:")
-  if corpus not in units.PHANTOMS:
+  if corpus not in (*units.PHANTOMS, *units.EMBRYOS):
     return None
-  return list(units.PHANTOMS[corpus].get("patients", phantoms.PATIENTS))
+  return units.phantom_splits(corpus)
 
 
 def _objective_faults(plain: Mapping[str, Any]) -> list[str]:

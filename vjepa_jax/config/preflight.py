@@ -239,7 +239,7 @@ def _check_tables(table: Table, plain: Mapping[str, Any]) -> list[pipeline.Sourc
         **{**defaults, **units.data_options(plain), "seed": plain["seed"]}
     )
     for source in sources:
-      parts = ", ".join(f"{name} {len(rows)}" for name, rows in source.parts.items())
+      parts = ", ".join(f"{name} {len(rows)}" for name, rows in source.rows.items())
       lost = ", ".join(f"{reason} {n}" for reason, n in source.lost.items()) or "none"
       table.add(
           OK, "manifest",
@@ -270,7 +270,7 @@ def _check_volumes(
   for source, row in chosen:
     cpu, wall = time.thread_time(), time.perf_counter()
     try:
-      canvas = source.transform(row, look)
+      canvas = source.read(row, look)
     except ReadError as error:
       bad.append(error)
       table.add(FAIL if error.reason in _SYSTEMATIC else NOTE, "volume", str(error))
@@ -294,7 +294,7 @@ def _spread(sources, count: int) -> list[tuple[pipeline.Source, Row]]:
   """Chooses rows in turn from each source, device and file type."""
   groups: dict[Any, list[tuple[pipeline.Source, Row]]] = {}
   for source in sources:
-    for rows in source.parts.values():
+    for rows in source.rows.values():
       for row in rows:
         ending = os.path.splitext(row.path)[1].lower()
         groups.setdefault((source.name, row.device, ending), []).append((source, row))

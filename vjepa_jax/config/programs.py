@@ -22,12 +22,16 @@ def batch_shapes(plain: Mapping[str, Any], rows: int) -> dict[str, Any]:
   """Returns what `data.batches` makes of a config's data, as shapes [rows, ...]."""
   data = plain["data"]
   crop = plain["augment"].get("crop")
-  canvas = (crop[0] if crop else 1, *data["canvas"], 1)
+  frames, *canvas = units.data_voxels(plain)
+  if crop and not data.get("clip"):
+    frames = crop[0]
+  stages = {"frame_label": ((frames,), "int32")} if data.get("stages") else {}
   row = {
-      "volume": (canvas, data.get("dtype") or "uint8"),
+      "volume": ((frames, *canvas, 1), data.get("dtype") or "uint8"),
       **dict.fromkeys(("mean", "std", "_mask"), ((), "float32")),
       "spacing": ((4,), "float32"),
       **dict.fromkeys(("index", "label", "source"), ((), "int32")),
+      **stages,
   }
   return {
       name: jax.ShapeDtypeStruct((rows, *shape), np.dtype(dtype))

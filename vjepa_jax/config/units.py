@@ -1,12 +1,13 @@
 """One builder a section: data, model and objective, optimiser, each its own keywords."""
 
 from collections.abc import Callable, Mapping
+import functools
 import os
 import pathlib
 from typing import Any
 
 from vjepa_jax.config import names
-from vjepa_jax.data import phantoms, pipeline, storage
+from vjepa_jax.data import phantom_embryos, phantoms, pipeline, storage
 from vjepa_jax.train import optim, schedules
 from vjepa_jax.volumes.grid import Grid
 
@@ -14,6 +15,13 @@ from vjepa_jax.volumes.grid import Grid
 PHANTOMS = {
     "oct": {},
     "oct_tiny": dict(patients=dict(train=8, probe=12, validation=4), broken=3),
+}
+# The same of light-sheet movies.
+EMBRYOS = {
+    "worm": {},
+    "worm_tiny": dict(
+        embryos=dict(train=4, validation=2), frames=16, shape=(8, 16, 16)
+    ),
 }
 SCALING = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 SCHEDULES = ("cosine", "constant", "linear", "wsd")
@@ -66,7 +74,9 @@ def data_options(
   # A recording of fewer voxels than a patch would be made up by resampling.
   section.setdefault("min_size", tuple(plain["model"]["patch"][1:]))
   # Positions in mm of an unknown spacing would make every feature NaN.
-  section["require_spacing"] = plain["model"].get("rope_units", "index") == "mm"
+  section["require_spacing"] = "mm" in (
+      plain["model"].get("rope_units"), plain["model"].get("position_units")
+  )
   if given:
     section["sources"] = given
   for table in (section, *given.values()):
@@ -93,6 +103,13 @@ def filled_in(section: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
+def phantom_splits(key: str) -> list[str]:
+  """Returns the splits of the phantom corpus `phantom:KEY`."""
+  if key in EMBRYOS:
+    return list(EMBRYOS[key].get("embryos", phantom_embryos.EMBRYOS))
+  return list(PHANTOMS[key].get("patients", phantoms.PATIENTS))
+
+
 def phantom_manifest(name: str, say: Callable[[str], None] = print) -> str:
   """Writes the phantom corpus `phantom:NAME` into the cache, once.
 
@@ -102,31 +119,53 @@ def phantom_manifest(name: str, say: Callable[[str], None] = print) -> str:
     KeyError: for an unknown name.
   """
   _, _, key = name.partition(":")
-  if key not in PHANTOMS:
-    raise KeyError(f"data.manifest {name!r}: closest: {names.closest(key, PHANTOMS)}")
+  if key in EMBRYOS:
+    version = phantom_embryos.VERSION
+    write = functools.partial(phantom_embryos.write_embryo_corpus, **EMBRYOS[key])
+  elif key in PHANTOMS:
+    version = phantoms.VERSION
+    write = functools.partial(phantoms.write_oct_corpus, **PHANTOMS[key])
+  else:
+    known = [*PHANTOMS, *EMBRYOS]
+    raise KeyError(f"data.manifest {name!r}: closest: {names.closest(key, known)}")
   home = os.environ.get("VJEPA_JAX_CACHE", "~/.cache/vjepa_jax")
-  folder = pathlib.Path(home).expanduser() / f"{key}_phantoms_v{phantoms.VERSION}"
+  folder = pathlib.Path(home).expanduser() / f"{key}_phantoms_v{version}"
   if not folder.exists():
     say(f"writing the embedded corpus to {folder}")
-  return str(phantoms.write_oct_corpus(folder, **PHANTOMS[key]))
+  return str(write(folder))
+
+
+def data_voxels(plain: Mapping[str, Any]) -> tuple[int, int, int, int]:
+  """Returns (T, Z, Y, X) of what the data hold: one scan, or the frames of a clip."""
+  clip = plain["data"].get("clip") or {}
+  return (clip.get("frames", 1), *plain["data"]["canvas"])
 
 
 def model_grid(plain: Mapping[str, Any]) -> Grid:
   """Returns the grid of tokens that the model sees.
 
   Raises:
-    ValueError: if the voxels are not a multiple of the patch.
+    ValueError: if the model cannot be built, or cannot cut such volumes.
   """
-  voxels = plain["augment"].get("crop") or (1, *plain["data"]["canvas"])
-  return Grid(tuple(voxels), tuple(plain["model"]["patch"]))
+  voxels = plain["augment"].get("crop") or data_voxels(plain)
+  return build_model(plain).grid_of(tuple(voxels))
+
+
+def build_model(plain: Mapping[str, Any]) -> Any:
+  """Builds the backbone.
+
+  Raises:
+    ValueError: for options that it does not know.
+  """
+  section = {k: v for k, v in plain["model"].items() if k != "name"}
+  return names.module_of("model", plain["model"]["name"]).build(**section)
 
 
 def build_objective(
     plain: Mapping[str, Any], *, total_steps: int, steps_per_epoch: int
 ) -> Any:
   """Builds the objective and the backbone in it."""
-  section = {k: v for k, v in plain["model"].items() if k != "name"}
-  model = names.module_of("model", plain["model"]["name"]).build(**section)
+  model = build_model(plain)
   unit = names.resolve("objective", plain["objective"]["name"])
   options = names.in_steps(
       {k: v for k, v in plain["objective"].items() if k != "name"},
