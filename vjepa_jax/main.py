@@ -32,12 +32,14 @@ from jax.experimental import multihost_utils
 from ml_collections import config_flags
 import numpy as np
 
+import vjepa_jax
 from vjepa_jax import config as config_lib
 from vjepa_jax.config import preflight
 from vjepa_jax.data import pipeline, storage
 from vjepa_jax.data.record import DataError, ReadError
 from vjepa_jax.report import summary
 from vjepa_jax.train import checkpoint, fit, hosts, lifeline, loop, metrics, watch
+from vjepa_jax.train import state as state_lib
 from vjepa_jax.train import workdir as workdir_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -134,7 +136,7 @@ def main(argv: list[str]) -> None:
     sys.exit(hosts.LOST)
   except (
       config_lib.ConfigError, DataError, ReadError, checkpoint.CheckpointError,
-      workdir_lib.WorkdirError, hosts.HostsError, fit.FitError,
+      workdir_lib.WorkdirError, hosts.HostsError, fit.FitError, state_lib.PartsError,
   ) as error:
     print(error, file=sys.stderr, flush=True)
     if not _is_bucket_lost(error):
@@ -195,6 +197,7 @@ def train(
     ReadError: if the manifest itself cannot be fetched.
     CheckpointError: if the last checkpoint is damaged or does not fit.
     WorkdirError: if the bucket of the workdir is out of reach.
+    PartsError: if what the run starts from does not fit its model.
   """
   plain = config_lib.as_plain(config)
   workdir = workdir_lib.open_path(workdir)
@@ -242,11 +245,29 @@ def train(
         ),
         evaluators=experiment.evaluators,
         reached=(together or hosts.Hosts()).reached,
+        start=functools.partial(_start, plain) if plain["train"].get("start_from") else None,
     )
   if first:
     report = summary.write_report(workdir, metrics.read(workdir))
     print(summary.format_report(report))
     print(f"figures, report and checkpoints are in {workdir}")
+
+
+def _start(plain: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the encoder of `train.start_from`, which a new run begins with.
+
+  Raises:
+    ConfigError: if `train.start_from` holds no run, or no whole checkpoint.
+  """
+  source = plain["train"]["start_from"]
+  try:
+    encoders = vjepa_jax.load(source)
+  except (FileNotFoundError, checkpoint.CheckpointError) as error:
+    fault = f"train.start_from: {error}"
+    raise config_lib.ConfigError(plain["name"], [fault]) from error
+  if jax.process_index() == 0:
+    print(f"starts with the encoder of step {encoders.step} of {source}", flush=True)
+  return {"encoder": encoders.best}
 
 
 def _write_report_of(data: pipeline.Data, workdir, kind, *unused) -> None:

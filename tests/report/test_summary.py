@@ -135,3 +135,19 @@ def test_the_table_shows_what_the_report_holds():
   assert "topcon_triton 30, zeiss_cirrus 10" in table
   assert "truncated 1" in table
   assert max(map(len, table.splitlines())) <= 88
+
+
+def test_numbers_of_movies_are_first_and_last_with_the_last_interval():
+  history = [
+      {"step": 0, "stages.accuracy": 0.1, "stages.accuracy.low": 0.0,
+       "stages.accuracy.high": 0.2, "stages.impossible_raw": 9},
+      {"step": 5, "stages.accuracy": 0.7, "stages.accuracy.low": 0.6,
+       "stages.accuracy.high": 0.8, "stages.kappa": float("nan")},
+  ]
+  report = summary.summarize(history)
+  assert report["numbers"] == {
+      "stages.accuracy": {"first": 0.1, "last": 0.7, "interval": [0.6, 0.8]},
+      "stages.impossible_raw": {"first": 9.0, "last": 9.0, "interval": None},
+  }
+  row = next(x for x in summary.format_report(report).splitlines() if ".accuracy" in x)
+  assert row.split() == ["stages.accuracy", "0.1", "0.7", "0.600", "..", "0.800"]

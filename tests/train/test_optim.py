@@ -96,3 +96,109 @@ def test_the_rate_is_that_of_the_global_step_not_of_the_moments_count():
 def test_a_clip_norm_that_is_not_positive_is_refused():
   with pytest.raises(ValueError, match="clip_norm 0.0 must be positive"):
     optim.make_optimizer(learning_rate=0.1, clip_norm=0.0)
+
+
+# An encoder of three blocks, as the backbones name its parts.
+LAYERS = {
+    "encoder": {
+        "cls": jnp.ones((1, 1, 4)),
+        "patch_embed": {"proj": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}},
+        "positions": {"space": jnp.ones((6, 4)), "time": jnp.ones((2, 4))},
+        "pos_embed": jnp.ones((1, 6, 4)),
+        "stack": {"blocks": {
+            "attn": {"kernel": jnp.ones((3, 4, 4)), "bias": jnp.ones((3, 4))},
+            "norm": {"scale": jnp.ones((3, 4))},
+        }},
+        "norm": {"scale": jnp.ones(4)},
+    },
+    "head": {"norm": {"scale": jnp.ones(4)}, "logits": {"kernel": jnp.ones((4, 2))}},
+}
+
+
+def test_layers_of_an_encoder_learn_the_less_the_earlier_they_come():
+  scales = optim.named_leaves(optim.layer_scales(LAYERS, 0.5))
+  found = {name: np.ravel(scale).tolist() for name, scale in scales.items()}
+  blocks = [0.125, 0.25, 0.5]
+  assert found == {
+      "encoder/cls": [0.0625],
+      "encoder/patch_embed/proj/kernel": [0.0625],
+      "encoder/patch_embed/proj/bias": [0.0625],
+      "encoder/positions/space": [0.0625],
+      "encoder/positions/time": [0.0625],
+      "encoder/pos_embed": [0.0625],
+      "encoder/stack/blocks/attn/kernel": blocks,
+      "encoder/stack/blocks/attn/bias": blocks,
+      "encoder/stack/blocks/norm/scale": blocks,
+      "encoder/norm/scale": [1.0],
+      "head/norm/scale": [1.0],
+      "head/logits/kernel": [1.0],
+  }
+
+
+def test_layer_decay_scales_the_updates_and_the_weight_decay():
+  grads = jax.tree.map(jnp.ones_like, LAYERS)
+  make = lambda **options: optim.make_optimizer(
+      learning_rate=0.1, weight_decay=0.5, **options
+  )
+  plain, _, _ = update(make(), grads, LAYERS)
+  scaled, _, _ = update(make(layer_decay=0.5), grads, LAYERS)
+  scales = optim.layer_scales(LAYERS, 0.5)
+  jax.tree.map(
+      lambda a, b, s: np.testing.assert_allclose(a, b * s, rtol=1e-6),
+      scaled, plain, scales,
+  )
+  block = scaled["encoder"]["stack"]["blocks"]["attn"]["kernel"]
+  np.testing.assert_allclose(block[:, 0, 0], [-0.15 / 8, -0.15 / 4, -0.15 / 2], rtol=1e-5)
+
+
+def test_layer_decay_needs_one_stack_of_an_encoder_and_a_share():
+  optimizer = optim.make_optimizer(learning_rate=0.1, layer_decay=0.5)
+  with pytest.raises(ValueError, match="layer_decay 0.5 needs one stack"):
+    optimizer.init({"head": LAYERS["head"]})
+  two = {"encoder": {
+      "a": {"blocks": {"kernel": jnp.ones((3, 4))}},
+      "b": {"blocks": {"kernel": jnp.ones((2, 4))}},
+  }}
+  with pytest.raises(ValueError, match="there are 2"):
+    optimizer.init(two)
+  optim.make_optimizer(learning_rate=0.1).init(two)
+  for share in (0.0, 1.5):
+    with pytest.raises(ValueError, match=f"layer_decay {share} is not in"):
+      optim.make_optimizer(learning_rate=0.1, layer_decay=share)
+
+
+def test_what_is_frozen_until_a_step_stands_still_till_then_and_leaps_not():
+  optimizer = optim.make_optimizer(
+      learning_rate=0.1, weight_decay=0.5, freeze=("^encoder/",), freeze_steps=3
+  )
+  free = optim.make_optimizer(learning_rate=0.1, weight_decay=0.5)
+  params, opt_state, other = PARAMS, optimizer.init(PARAMS), free.init(PARAMS)
+  step = jax.jit(optimizer.update)
+  for at in range(5):
+    grads = jax.tree.map(lambda p, at=at: jnp.full_like(p, 1.0 + 0.1 * at), params)
+    updates, opt_state, _ = step(grads, opt_state, params, step=at)
+    wanted, other, _ = free.update(grads, other, params, step=at)
+    moved = names(jax.tree.map(lambda u: bool(np.any(u != 0)), updates))
+    assert "predictor/mask_tokens" in moved
+    assert any("encoder" in name for name in moved) == (at >= 3), at
+    # The moments have followed all the while.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), opt_state, other
+    )
+    if at >= 3:  # Adam's direction is of size 1, and the weights of 1 decay by half.
+      bias = np.asarray(updates["encoder"]["patch"]["bias"])
+      np.testing.assert_allclose(np.abs(bias), 0.1, rtol=0.02)
+      kernel = np.asarray(updates["encoder"]["patch"]["kernel"])
+      np.testing.assert_allclose(np.abs(kernel), 0.15, rtol=0.02)
+
+
+def test_a_pattern_to_freeze_that_is_found_nowhere_is_refused_with_close_names():
+  optimizer = optim.make_optimizer(
+      learning_rate=0.1, freeze=("encoder/patches/",), freeze_steps=3
+  )
+  with pytest.raises(ValueError, match="encoder/patch/kernel"):
+    optimizer.init(PARAMS)
+
+
+def test_a_query_that_pools_decays_as_other_tokens():
+  assert names(optim.decay_mask({"head": {"query": jnp.ones((1, 4))}})) == {"head/query"}

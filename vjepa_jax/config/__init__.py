@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from vjepa_jax.config import names, programs, units
 from vjepa_jax.config.check import ConfigError, check_config
@@ -90,6 +91,7 @@ def build(
   )
   train, steps = plain["train"], _lengths(plain["train"], data)
   try:
+    plain = _with_counted_labels(plain, data)
     objective, optimizer = objective_and_optimizer(plain, **steps)
   except ValueError as error:  # lengths that only the size of the data tells
     raise ConfigError(plain["name"], [str(error)]) from error
@@ -116,6 +118,31 @@ def build(
   )
 
 
+def _with_counted_labels(
+    plain: dict[str, Any], data: pipeline.Data
+) -> dict[str, Any]:
+  """Fills in what an objective that learns from labels leaves to the data.
+
+  Raises:
+    ValueError: if the data have another number of classes.
+  """
+  options, train = plain["objective"], data.splits["train"]
+  if "classes" not in options:
+    return plain
+  if options["classes"] != len(train.labels):
+    raise ValueError(
+        f"objective.classes: {options['classes']}, but the labels of the data are "
+        f"{len(train.labels)}: {', '.join(train.labels)}"
+    )
+  if options.get("class_weights") != "balanced":
+    return plain
+  by_frame = options.get("labels", "label") == "frame_label"
+  labels = train.stage_ids if by_frame else train.label_ids
+  counts = np.bincount(labels[labels >= 0], minlength=options["classes"])
+  weights = names.module_of("objective", options["name"]).balanced_weights(counts)
+  return plain | {"objective": options | {"class_weights": weights}}
+
+
 def _lengths(train: Mapping[str, Any], data: pipeline.Data) -> dict[str, int]:
   """Returns total_steps and steps_per_epoch of a run on these data."""
   volumes = len(data.splits["train"])
@@ -125,7 +152,7 @@ def _lengths(train: Mapping[str, Any], data: pipeline.Data) -> dict[str, int]:
 
 
 def _loop_options(plain, grid, evaluators, **steps) -> loop.LoopOptions:
-  own = ("steps_per_epoch", "total_epochs", *(f"mesh_{a}" for a in sharding.AXES))
+  own = ("steps_per_epoch", "total_epochs", "start_from", *(f"mesh_{a}" for a in sharding.AXES))
   section = {k: v for k, v in plain["train"].items() if k not in own}
   section = in_steps(section, names.parameters(loop.LoopOptions), **steps)
   section["total_steps"] = steps["total_steps"]

@@ -58,10 +58,13 @@ def check_config(
       (("data",), _data_faults),
       (("data", "augment", "model"), _geometry_faults),
       (("model",), _model_faults),
-      (("objective",), _objective_faults),
+      (("data", "objective"), _objective_faults),
       (("data", "augment", "model", "objective"), _mask_faults),
       (("train", "optimizer"), _optimizer_faults),
-      (("train",), functools.partial(_training_faults, device_count=device_count)),
+      (
+          ("train", "objective"),
+          functools.partial(_training_faults, device_count=device_count),
+      ),
       (
           ("data", "train", "evals"),
           functools.partial(_evaluation_faults, device_count=device_count),
@@ -131,7 +134,7 @@ def _keywords(section: str, options: Mapping[str, Any]) -> dict[str, bool]:
         names.parameters(loop.LoopOptions), "tokens_per_volume", "flops_per_volume",
         "wandb",
     )
-    own = ("total_steps", "steps_per_epoch", *(f"mesh_{a}" for a in sharding.AXES))
+    own = ("total_steps", "steps_per_epoch", "start_from", *(f"mesh_{a}" for a in sharding.AXES))
     return {**known, **dict.fromkeys(own, False)}
   if section == "model":
     model = names.resolve("model", options.get("name", ""))
@@ -483,6 +486,13 @@ def _optimizer_faults(plain: Mapping[str, Any]) -> list[str]:
   ):
     if not low <= options.get(name, 0.0) <= high:
       faults.append(f"optimizer.{name}: {options[name]} is not in [{low}, {high}]")
+  if not 0 < options.get("layer_decay", 1.0) <= 1:
+    faults.append(f"optimizer.layer_decay: {options['layer_decay']} is not in (0, 1]")
+  if bool(options.get("freeze")) != bool(names.duration_key(options, "freeze")):
+    faults.append(
+        "optimizer.freeze and optimizer.freeze_steps (or _epochs, _percent): what does "
+        "not move, and until when; give both or neither"
+    )
   falls = names.duration_key(options, "decay")
   if (options.get("schedule") == "wsd") != (falls is not None):
     faults.append(
@@ -568,10 +578,44 @@ def _objective_faults(plain: Mapping[str, Any]) -> list[str]:
   """Asks the objective's own module what is wrong with its options."""
   name = plain["objective"]["name"]
   known = names.parameters(names.resolve("objective", name))
-  return names.module_of("objective", name).objective_faults(**{
+  faults = names.module_of("objective", name).objective_faults(**{
       k: v for k, v in plain["objective"].items()
       if k in known and names.stem_of(k) is None
   })
+  return faults + (_label_faults(plain) if "classes" in known else [])
+
+
+def _label_faults(plain: Mapping[str, Any]) -> list[str]:
+  """What an objective that learns from labels needs of the data."""
+  options, data = plain["objective"], plain["data"]
+  frames = (data.get("clip") or {}).get("frames", 1)
+  module = names.module_of("objective", options["name"])
+  alone = [
+      f"objective.{name}: {options[name]} with data.clip.frames {frames}; it compares "
+      "time points of a clip, give it two or more"
+      for name in module.OVER_TIME if options.get(name) and frames == 1
+  ]
+  return alone + _class_faults(options, data)
+
+
+def _class_faults(options: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:
+  staging = units.filled_in(data.get("stages") or {})
+  if options.get("labels", "label") == "frame_label" and not staging:
+    return [
+        "objective.labels: 'frame_label' without data.stages; that says where the "
+        "stages of time points come from"
+    ]
+  if not staging:
+    return [] if data.get("label") else [
+        "objective.labels: 'label' without data.label; name the column that holds them"
+    ]
+  if stages.stage_option_faults(staging):  # reported as a fault of the data
+    return []
+  known = stages.StageOptions(**staging).classes
+  return [] if options["classes"] == len(known) else [
+      f"objective.classes: {options['classes']}, but data.stages.taxonomy has "
+      f"{len(known)}: {', '.join(known)}"
+  ]
 
 
 def _training_faults(
@@ -595,6 +639,11 @@ def _training_faults(
     )
   elif batch >= 1 and accum >= 1:
     faults += _mesh_faults(train, batch // accum, device_count)
+  if train.get("start_from") and plain["objective"].get("name") == "vjepa":
+    faults.append(
+        f"train.start_from: {train['start_from']!r} with objective 'vjepa', whose "
+        "moving average would start elsewhere; leave it out"
+    )
   best = train.get("best_metric", "")
   if best and best.split(".")[0] in ("loss", "validation"):
     faults.append(

@@ -193,6 +193,9 @@ def build_optimizer(
     clip_norm: float | None = None,
     decay: tuple[tuple[str, bool], ...] = (),
     frozen: tuple[str, ...] = (),
+    layer_decay: float = 1.0,
+    freeze: tuple[str, ...] = (),
+    freeze_steps: int = 0,
 ) -> optim.Optimizer:
   """Builds AdamW and its schedules from a config's numbers.
 
@@ -208,7 +211,8 @@ def build_optimizer(
     final_fraction: of the peak, reached at the end.
     weight_decay: at the start.
     final_weight_decay: at the end, along a cosine; None: constant.
-    b1, b2, eps, clip_norm, decay, frozen: see `optim.make_optimizer`.
+    b1, b2, eps, clip_norm, decay, frozen, layer_decay, freeze, freeze_steps: see
+      `optim.make_optimizer`.
 
   Raises:
     ValueError: for unknown names or lengths that do not fit.
@@ -240,5 +244,6 @@ def build_optimizer(
     wd = schedules.cosine(weight_decay, final_weight_decay, total_steps)
   return optim.make_optimizer(
       learning_rate=builders[schedule](), weight_decay=wd, b1=b1, b2=b2, eps=eps,
-      clip_norm=clip_norm, decay=decay, frozen=frozen,
+      clip_norm=clip_norm, decay=decay, frozen=frozen, layer_decay=layer_decay,
+      freeze=freeze, freeze_steps=freeze_steps,
   )

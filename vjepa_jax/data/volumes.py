@@ -132,7 +132,7 @@ class Mixture:
     weights: {source: weight}; None, and for "concatenate", leaves them alike.
 
   Attributes:
-    name, rows, labels, label_ids, ledger: as of `Volumes`.
+    name, rows, labels, label_ids, stage_ids, ledger: as of `Volumes`.
     parts: the volumes of the sources.
     sources: their names; `source` of a batch is a place in it.
     mixture: as given.
@@ -154,6 +154,9 @@ class Mixture:
     self.rows = tuple(row for part in self.parts for row in part.rows)
     self.labels = self.parts[0].labels
     self.label_ids = np.concatenate([part.label_ids for part in self.parts])
+    stages = [part.stage_ids for part in self.parts]
+    staged = all(own is not None for own in stages)
+    self.stage_ids = np.concatenate(stages) if staged else None
     self.ledger = self.parts[0].ledger
     weights = weights or dict.fromkeys(parts, 1)
     self.shares: tuple[Fraction, ...] = tuple(

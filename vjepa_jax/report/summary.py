@@ -21,6 +21,8 @@ HEALTH = (
     "rankme_foreground", "cosine_foreground", "target_offset",
 )
 DEFAULT_BEST = "probe.accuracy"
+# Evaluators whose numbers are reported one by one, as they were first and last.
+FAMILIES = ("stage_probe", "stages", "reconstruction")
 
 _LABELS = {
     "trained": "encoder, trained",
@@ -54,7 +56,8 @@ def summarize(
     before the first step; health {HEALTH: {first, last}, alarms: how often the
     alarm rang}; best {step, metric, value} over trained steps; data. What was not
     measured is None: an untrained probe needs a line of step 0, a trained one a
-    line of a later step.
+    line of a later step. numbers: of the evaluators FAMILIES, name -> {first, last,
+    and the last one's interval where it has one}.
   """
   history = sorted(metrics, key=lambda line: line["step"])
   trained = [line for line in history if line["step"] > 0]
@@ -77,6 +80,7 @@ def summarize(
   }
   alarms = drawing.series(history, "health.alarm")[1]
   report["health"]["alarms"] = int(alarms.sum()) if alarms.size else None
+  report["numbers"] = _numbers(history)
   report["best"] = _best(trained, config or {})
   report["data"] = dict(data_report) if data_report is not None else None
   return report
@@ -131,6 +135,9 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines += [_probe_row(label, found) for label, found in rows]
     if probe["chance"] is not None:
       lines.append(f"{'chance':<26}{probe['chance']:>18.3f}")
+  if report["numbers"]:
+    lines += ["", f"{'evaluation':<42}{'first':>10}{'last':>10}   95 % of the last"]
+    lines += [_number_row(name, found) for name, found in report["numbers"].items()]
   if found := [(key, health[key]) for key in HEALTH if health[key]]:
     lines += ["", f"{'target features':<26}{'first':>10}{'last':>10}"]
     lines += [f"{k:<26}{v['first']:>10.3f}{v['last']:>10.3f}" for k, v in found]
@@ -160,6 +167,30 @@ def _probe_row(label: str, found: Mapping[str, Any]) -> str:
   low, high = found["interval"]
   interval = "" if low is None or high is None else f"   {low:.3f} .. {high:.3f}"
   return f"{label:<26}{found['value']:>18.3f}{interval}"
+
+
+def _numbers(history) -> dict[str, dict[str, Any]]:
+  """Returns name -> first, last and interval of the numbers of FAMILIES."""
+  names = sorted(
+      {
+          key for line in history for key in line
+          if key.split(".")[0] in FAMILIES and not key.endswith((".low", ".high"))
+      },
+      key=lambda name: (FAMILIES.index(name.split(".")[0]), name),
+  )
+  found = {}
+  for name in names:
+    if ends := _first_and_last(history, name):
+      interval = _scored(history, name)["interval"]
+      found[name] = {**ends, "interval": None if None in interval else interval}
+  return found
+
+
+def _number_row(name: str, found: Mapping[str, Any]) -> str:
+  row = f"{name:<42}{found['first']:>10.4g}{found['last']:>10.4g}"
+  if found["interval"]:
+    row += "   {:.3f} .. {:.3f}".format(*found["interval"])
+  return row
 
 
 def _first_and_last(history, key: str) -> dict[str, float] | None:

@@ -25,6 +25,7 @@ from vjepa_jax.train import (
     watch,
 )
 from vjepa_jax.train import metrics as metrics_lib
+from vjepa_jax.train import state as state_lib
 from vjepa_jax.train import workdir as workdir_lib
 from vjepa_jax.train.optim import Optimizer
 from vjepa_jax.train.program import Program, make_program
@@ -126,6 +127,7 @@ def run(
     eval_batches: Callable[[], Iterable[evaluate.HostBatch]] | None = None,
     evaluators: Mapping[str, tuple[Evaluator, int | None]] | None = None,
     reached: Callable[[int, int], int] = watch.stop_alone,
+    start: Callable[[], Mapping[str, Any]] | None = None,
 ) -> TrainState:
   """Trains to the end, or goes on from the last checkpoint of the workdir.
 
@@ -151,6 +153,8 @@ def run(
       `restore(lines)` gets the lines of metrics.jsonl when a run goes on.
     reached: (step, signal that came here or 0) -> signal by which all processes stop
       at this step, or 0; several processes need `hosts.Hosts.reached`.
+    start: gives parts of the parameters, such as {"encoder": ...}, that a new run
+      begins with in place of drawn ones; a run that goes on has its own.
 
   Returns:
     The state after the last step.
@@ -162,8 +166,9 @@ def run(
     SystemExit: SIGTERM or SIGINT came; the run is saved and the same command goes
       on. The code is 128 + the signal's number (143, 130), so that schedulers
       tell it from a finished run. A second SIGINT interrupts at once.
-    ValueError: batch, mesh or schedules that do not fit each other, or (FitError) a
-      step that does not fit into memory.
+    ValueError: batch, mesh or schedules that do not fit each other, (FitError) a
+      step that does not fit into memory, or (PartsError) a start that does not fit
+      the model.
     KeyError: best_metric or early_stop_metric is no number of any evaluator.
     WorkdirError: the bucket of the workdir was out of reach for too long, or
       refused options.max_failed_saves checkpoints in a row.
@@ -183,6 +188,8 @@ def run(
         _build, objective, optimizer, augment, options, mesh
     )
     program, accum, state, extra = _begin(build, saver, feed, seed, options, mesh)
+    if start and not saver.resumed:
+      state = state.replace(params=state_lib.with_parts(state.params, start()))
     options = dataclasses.replace(options, accum=accum)
     writer = metrics_lib.Writer(
         files.folder, restored_step=int(state.step) if saver.resumed else -1,

@@ -19,9 +19,15 @@ Params = Any
 DECAY_RULES: tuple[tuple[str, bool], ...] = (
     (r"(^|/)(bias|scale)$", False),
     (r"(^|/)(kernel|embedding)$", True),
-    (r"(^|/)(mask_tokens?|cls|class_token|positions?|pos_embed\w*)$", True),
+    (r"(^|/)(mask_tokens?|cls|class_token|query|positions?|pos_embed\w*)$", True),
     (r"(^|/)(cls_position|positions/(space|time))$", True),
 )
+
+
+# Of an encoder, what comes before its blocks; what is neither comes after them.
+_ENCODER = re.compile(r"(^|/)encoder/")
+_BLOCKS = re.compile(r"(^|/)blocks/")
+_BEFORE = re.compile(r"(^|/)(patch_embed|positions|pos_embed\w*|cls|cls_position)(/|$)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,10 @@ class Optimizer:
     clip_norm: largest global gradient norm; None never clips.
     decay: (regex, whether to decay) tried before DECAY_RULES.
     frozen: regexes of parameters that never move and have no moments.
+    layer_decay: see `layer_scales`.
+    freeze: regexes of parameters that do not move before `freeze_steps`. Their
+      moments follow their gradients all the while, so that the first step is no leap.
+    freeze_steps: the first step that moves them.
   """
 
   learning_rate: schedules.Schedule
@@ -47,15 +57,21 @@ class Optimizer:
   clip_norm: float | None
   decay: tuple[tuple[str, bool], ...]
   frozen: tuple[str, ...]
+  layer_decay: float = 1.0
+  freeze: tuple[str, ...] = ()
+  freeze_steps: int = 0
 
   def init(self, params: Params) -> optax.OptState:
     """Returns zero moments for every parameter that is not frozen.
 
     Raises:
-      ValueError: a parameter is covered by no decay rule, or a `frozen` pattern
-        is found in no name.
+      ValueError: a parameter is covered by no decay rule, a `frozen` or `freeze`
+        pattern is found in no name, or layers decay and there is no encoder.
     """
     decay_mask(params, self.decay)
+    if self.layer_decay != 1.0:
+      layer_scales(params, self.layer_decay)
+    trainable_mask(params, self.freeze)
     return self._adam(params).init(params)
 
   def update(
@@ -88,6 +104,15 @@ class Optimizer:
         if t else jnp.zeros_like(p),
         direction, params, decay_mask(params, self.decay), trainable,
     )
+    if self.layer_decay != 1.0:
+      scales = layer_scales(params, self.layer_decay)
+      updates = jax.tree.map(lambda u, scale: u * scale, updates, scales)
+    if self.freeze and self.freeze_steps:
+      thawed = step >= self.freeze_steps
+      updates = jax.tree.map(
+          lambda u, moves: u if moves else jnp.where(thawed, u, 0.0),
+          updates, trainable_mask(params, self.freeze),
+      )
     return updates, opt_state, {"grad_norm": norm, "clipped": clipped}
 
   def scalars(self, step: schedules.Step) -> dict[str, Any]:
@@ -111,6 +136,9 @@ def make_optimizer(
     clip_norm: float | None = None,
     decay: Sequence[tuple[str, bool]] = (),
     frozen: Sequence[str] = (),
+    layer_decay: float = 1.0,
+    freeze: Sequence[str] = (),
+    freeze_steps: int = 0,
 ) -> Optimizer:
   """Builds AdamW with decoupled weight decay, p <- p - lr (m / (sqrt(v) + eps) + wd p).
 
@@ -123,20 +151,24 @@ def make_optimizer(
     clip_norm: largest global gradient norm; None never clips.
     decay: (regex, whether to decay), tried before DECAY_RULES.
     frozen: regexes of parameters that never move.
+    layer_decay, freeze, freeze_steps: see `Optimizer`.
 
   Raises:
-    ValueError: clip_norm is not positive.
+    ValueError: clip_norm is not positive, or layer_decay not in (0, 1].
 
   Source: Loshchilov and Hutter 2019, algorithm 2; torch.optim.AdamW.
   """
   if clip_norm is not None and not clip_norm > 0:
     raise ValueError(f"optimizer: clip_norm {clip_norm} must be positive, or None")
+  if not 0 < layer_decay <= 1:
+    raise ValueError(f"optimizer: layer_decay {layer_decay} is not in (0, 1]")
   return Optimizer(
       learning_rate=_as_schedule(learning_rate),
       weight_decay=_as_schedule(weight_decay),
       b1=b1, b2=b2, eps=eps, clip_norm=clip_norm,
       decay=tuple((str(pattern), bool(decayed)) for pattern, decayed in decay),
-      frozen=tuple(frozen),
+      frozen=tuple(frozen), layer_decay=layer_decay, freeze=tuple(freeze),
+      freeze_steps=freeze_steps,
   )
 
 
@@ -200,6 +232,51 @@ def trainable_mask(params: Params, frozen: Sequence[str]) -> Params:
       )
   moves = [not any(re.search(pattern, name) for pattern in frozen) for name in names]
   return jax.tree.unflatten(jax.tree.structure(params), moves)
+
+
+def layer_scales(params: Params, decay: float) -> Params:
+  """Says by how much less the layers of an encoder learn than what follows it.
+
+  Of L blocks, what comes before them (patch embedding, positions, class token) learns
+  at decay^(L + 1) of the rate, block i, from 0, at decay^(L - i), all else at the
+  rate itself.
+
+  Args:
+    params: nested mapping of arrays; an encoder's lie below "encoder", its blocks,
+      stacked along their first axis, below "blocks".
+    decay: 1 leaves all alike.
+
+  Returns:
+    A tree like `params` of arrays that can be multiplied with its leaves.
+
+  Raises:
+    ValueError: decay is not 1 and there are no blocks of an encoder.
+
+  Source: BEiT (Bao et al. 2021, arXiv:2106.08254), as VideoMAE fine-tunes.
+  """
+  named = named_leaves(params)
+  depths = {
+      leaf.shape[0] for name, leaf in named.items()
+      if _ENCODER.search(name) and _BLOCKS.search(name)
+  }
+  if decay != 1.0 and len(depths) != 1:
+    raise ValueError(
+        f"optimizer: layer_decay {decay} needs one stack of blocks below "
+        f"\"encoder\", there are {len(depths)}; leave it out"
+    )
+  depth = max(depths, default=0)
+
+  def scale(name: str, leaf: Any) -> jax.Array:
+    if not _ENCODER.search(name):
+      return jnp.ones(())
+    if _BLOCKS.search(name):
+      by_block = decay ** (depth - jnp.arange(depth, dtype=jnp.float32))
+      return by_block.reshape(-1, *[1] * (leaf.ndim - 1))
+    return jnp.asarray(decay ** (depth + 1.0) if _BEFORE.search(name) else 1.0)
+
+  return jax.tree.unflatten(
+      jax.tree.structure(params), [scale(name, leaf) for name, leaf in named.items()]
+  )
 
 
 def named_leaves(tree: Any) -> Mapping[str, Any]:
