@@ -8,7 +8,7 @@ import pytest
 from vjepa_jax.train import metrics
 
 pytestmark = pytest.mark.slow
-STEPS = 16
+STEPS = 30
 
 
 @pytest.fixture(scope="module")

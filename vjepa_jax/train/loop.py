@@ -405,7 +405,10 @@ def _introduce(s: _Session, state: TrainState) -> None:
         f"{name}: " + ", ".join(f"{p} {values[p][name]:.6g}" for p in steps)
     )
   if s.saver.resumed:
-    s.writer.say(f"goes on from step {int(state.step)} of {s.saver.directory}")
+    s.writer.say(
+        f"goes on from step {int(state.step)}/{options.total_steps} of "
+        f"{s.saver.directory}"
+    )
 
 
 def _begin(
