@@ -81,6 +81,7 @@ def full() -> ml_collections.ConfigDict:
       filters=nothing(),  # values to keep
       exclude=nothing(),  # values to drop
       max_records=0,  # the first so many; 0: all
+      train_participants=0,  # so many of the training split, drawn; 0: all
       splits=dict(train=0.9, validation=0.1),  # by participant; seed: 10 % by file
       split_column="",  # in place of shares: a column that names the split
       stratify=("device", "label"),

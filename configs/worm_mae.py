@@ -83,6 +83,7 @@ def whole_egg() -> ml_collections.ConfigDict:
       filters=nothing(),  # values to keep
       exclude=nothing(),  # values to drop
       max_records=0,  # the first so many embryos; 0: all
+      train_participants=0,  # so many of the training split, drawn; 0: all
       # By embryo. Without such a column: "" and shares, in `splits`.
       split_column="split",
       splits=dict(train=0.6, validation=0.2, test=0.2),

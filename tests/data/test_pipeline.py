@@ -354,6 +354,33 @@ def test_max_records_takes_the_first_rows_and_says_so(write_corpus):
   assert {r.participant for r in rows} == {"1000", "1001"}
 
 
+def test_train_participants_draws_people_of_the_training_split_alone(write_corpus):
+  options = dict(splits={"train": 0.7, "test": 0.3})
+  all_ = opened(write_corpus(), **options)
+  people = lambda data, split: {r.participant for r in data.splits[split].rows}
+  fewer, few = (
+      opened(write_corpus(), train_participants=n, **options) for n in (2, 1)
+  )
+  assert people(few, "train") < people(fewer, "train") < people(all_, "train")
+  assert len(people(few, "train")) == 1
+  assert people(few, "test") == people(all_, "test")
+  gone = len(all_.splits["train"].rows) - len(few.splits["train"].rows)
+  assert few.report["lost"] == {"train_participants": gone}
+  other = opened(write_corpus(), train_participants=1, seed=1, splits="part")
+  assert people(other, "train") <= people(opened(write_corpus()), "train")
+
+
+@pytest.mark.parametrize("count", [0, 99])
+def test_more_training_participants_than_there_are_is_an_error(write_corpus, count):
+  with pytest.raises(DataError, match=f"train_participants is {count}, must be from 1"):
+    opened(write_corpus(), train_participants=count)
+
+
+def test_train_participants_without_such_a_split_is_an_error(write_corpus):
+  with pytest.raises(DataError, match="the splits are fit, test"):
+    opened(write_corpus(), train_participants=1, splits={"fit": 0.7, "test": 0.3})
+
+
 def test_volumes_that_do_not_stack_are_an_error_that_names_the_remedy(
     write_corpus, dicom, tmp_path
 ):

@@ -422,7 +422,9 @@ def _table_faults(place: str, data: Mapping[str, Any]) -> list[str]:
     ops.check_options(data.get("resample", "resize"), data.get("dtype", "uint8"))
   except ValueError as error:
     faults.append(f"{place}.{error}")
-  for key, least in (("max_records", 0), ("max_voxels", 1)):
+  for key, least in (
+      ("max_records", 0), ("train_participants", 0), ("max_voxels", 1)
+  ):
     if data.get(key, least) < least:
       faults.append(f"{place}.{key}: {data[key]} must be at least {least}")
   for key in ("canvas", "fov_mm", "spacing_mm"):

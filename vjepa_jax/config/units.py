@@ -11,6 +11,8 @@ from vjepa_jax.data import phantom_embryos, phantoms, pipeline, storage
 from vjepa_jax.train import optim, schedules
 from vjepa_jax.volumes.grid import Grid
 
+# Of numbers only these have a 0 that means "all"; others mean what they say.
+_ALL_AT_0 = ("max_records", "train_participants")
 # The embedded corpora, by what follows `phantom:` in data.manifest.
 PHANTOMS = {
     "oct": {},
@@ -96,10 +98,9 @@ def filled_in(section: Mapping[str, Any]) -> dict[str, Any]:
   kept = {
       k: filled_in(v) if isinstance(v, Mapping) else v for k, v in section.items()
   }
-  # Of numbers only max_records has a 0 that means "all"; others mean what they say.
   return {
       k: v for k, v in kept.items()
-      if v not in ("", (), {}) and not (k == "max_records" and v == 0)
+      if v not in ("", (), {}) and not (k in _ALL_AT_0 and v == 0)
   }
 
 

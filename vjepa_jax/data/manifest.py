@@ -27,7 +27,7 @@ FIELDS = (
     "modality", "source",
 )
 # Why a row may leave without a word of alarm: it was asked for, or it is there twice.
-_ASKED = ("filtered_", "excluded_", "max_records", "duplicate_")
+_ASKED = ("filtered_", "excluded_", "max_records", "train_participants", "duplicate_")
 # A datalist of MONAI's or nnU-Net's kind names the split by its key.
 _DATALIST_KEYS = {"image": "filepath", "image_path": "filepath"}
 _DATALISTS = ("training", "train", "validation", "val", "test", "testing")
@@ -265,6 +265,34 @@ def split_by_column(rows: Sequence[Row]) -> tuple[dict[str, list[Row]], int]:
       parts.setdefault(row.split, []).append(row)
   check_disjoint({k: {r.participant for r in v} for k, v in parts.items()})
   return parts, sum(not row.split for row in rows)
+
+
+def some_participants(
+    rows: Sequence[Row], count: int, *, seed: int
+) -> tuple[list[Row], list[Row]]:
+  """Parts the rows into those of a few drawn participants, and the others.
+
+  More participants of the same seed include the fewer.
+
+  Args:
+    rows: the recordings.
+    count: of the participants.
+    seed: of the draw.
+
+  Raises:
+    DataError: if there are fewer participants.
+  """
+  people = {row.participant for row in rows}
+  if not 1 <= count <= len(people):
+    raise DataError(
+        f"train_participants is {count}, must be from 1 to the {len(people)} "
+        "participants of the training split"
+    )
+  chosen = set(_shuffled(people, seed)[:count])
+  return (
+      [row for row in rows if row.participant in chosen],
+      [row for row in rows if row.participant not in chosen],
+  )
 
 
 def check_disjoint(
@@ -591,11 +619,14 @@ def _strata(
   strata: dict[str, list[str]] = {}
   for person, sets in facts.items():
     strata.setdefault(repr([sorted(s) for s in sets]), []).append(person)
+  return [_shuffled(strata[key], seed) for key in sorted(strata)]
 
-  def order(person: str) -> bytes:
-    return hashlib.sha256(f"{seed}:{person}".encode()).digest()
 
-  return [sorted(strata[key], key=order) for key in sorted(strata)]
+def _shuffled(people: Iterable[str], seed: int) -> list[str]:
+  """Returns the people in a seeded order that a newcomer hardly changes."""
+  return sorted(
+      people, key=lambda person: hashlib.sha256(f"{seed}:{person}".encode()).digest()
+  )
 
 
 def _deal(

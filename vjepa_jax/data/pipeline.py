@@ -180,6 +180,7 @@ def open_data(
     filters: Mapping[str, Sequence[str] | str] | None = None,
     exclude: Mapping[str, Sequence[str] | str] | None = None,
     max_records: int | None = None,
+    train_participants: int | None = None,
     modalities: Sequence[str] | None = None,
     colour: str = "reject",
     min_size: Sequence[int] = (1, 1, 1),
@@ -233,6 +234,8 @@ def open_data(
     filters: {field: values to keep}.
     exclude: {field: values to drop}; {"participant": [...]} drops people.
     max_records: only the first rows left by the filters.
+    train_participants: only so many people of the split "train", drawn by the seed;
+      other splits keep theirs. For curves over the number of labels.
     modalities: accepted DICOM modalities; None or (): any.
     colour: "reject" or "luminance".
     min_size: (Z, Y, X) a recording must have, such as one patch.
@@ -244,7 +247,8 @@ def open_data(
       all files together and for each device that has at least 20.
     max_lost_fraction: above this share of a manifest's rows lost without being asked
       for (no participant, no file, no entry in `participants`, no split) there is no
-      run; filters, max_records and rows listed twice do not count.
+      run; filters, max_records, train_participants and rows listed twice do not
+      count.
     cache: "memory" keeps canvases up to cache_bytes, "none" reads each time, a
       folder, local or `gs://`, keeps them as ArrayRecord shards for later runs.
     cache_bytes: for "memory".
@@ -278,9 +282,9 @@ def open_data(
       resample=resample, fov_mm=fov_mm, spacing_mm=spacing_mm, dtype=dtype,
       reader=reader, ops=ops, label=label, participants=participants, columns=columns,
       filters=filters, exclude=exclude, max_records=max_records,
-      modalities=modalities, colour=colour, min_size=min_size, max_voxels=max_voxels,
-      require_spacing=require_spacing, percentiles=percentiles, clip=clip,
-      stages=stages,
+      train_participants=train_participants, modalities=modalities, colour=colour,
+      min_size=min_size, max_voxels=max_voxels, require_spacing=require_spacing,
+      percentiles=percentiles, clip=clip, stages=stages,
   )
   parts = _joined_parts(planned)
   rows = [row for part in parts.values() for row in part]
@@ -351,6 +355,7 @@ def plan(
     stratify: Sequence[str] = ("device", "label"),
     seed: int = 0,
     max_lost_fraction: float = 0.05,
+    train_participants: int | None = None,
     clip: Mapping[str, Any] | None = None,
     stages: Mapping[str, Any] | None = None,
     **common: Any,
@@ -397,11 +402,19 @@ def plan(
     parts, missing = _by_time(joined, splits)
   else:
     parts, missing = _split(joined, splits, stratify, seed)
+  unlearned = []
+  if train_participants is not None:
+    parts["train"], unlearned = manifest_lib.some_participants(
+        _learned_from(parts), train_participants, seed=seed
+    )
   planned = []
   for name, own in named.items():
     without = [(row, "no_split") for row in missing if row.source == name]
     if without:
       lost[name]["no_split"] = len(without)
+    few = sum(row.source == name for row in unlearned)
+    if few:
+      lost[name]["train_participants"] = few
     given = {k: v for k, v in {**common, **own}.items() if k in _TRANSFORM_KEYS}
     mine = {k: tuple(r for r in part if r.source == name) for k, part in parts.items()}
     cut = clips_lib.cut(
@@ -514,6 +527,15 @@ def _split(
   if not parts:
     raise DataError(f"no row has a value in the column {splits!r}")
   return parts, [row for row in rows if not row.split]
+
+
+def _learned_from(parts: Mapping[str, list[Row]]) -> list[Row]:
+  if "train" not in parts:
+    raise DataError(
+        "train_participants takes some of the split \"train\"; the splits are "
+        f"{', '.join(name or 'stretches of time' for name in parts)}"
+    )
+  return parts["train"]
 
 
 def _by_time(
