@@ -116,11 +116,18 @@ def whole_egg() -> ml_collections.ConfigDict:
       ),
   )
   c.augment = dict(
-      # A worm in a mirror is no worm: flips of one axis stay out.
-      flip=(0.0, 0.0, 0.0, 0.0),
+      # A worm in a mirror is no worm: turned over, but never mirrored.
+      flip=(0.0, 0.5, 0.5, 0.0),
+      handed=True,
       rot90=0.75,  # all four turns in the plane alike
+      rotate=0.0,  # rad in the plane
+      scale=(0.0, 0.0, 0.0, 0.0),
+      shift=(0.0, 0.0, 0.0, 0.0),  # voxels
       brightness=0.2,  # seed
       contrast=0.2,  # seed
+      gamma=0.0,
+      noise_std=0.0,
+      noise_probability=0.3,  # seed
       views="shared",
   )
   c.model = dict(
@@ -255,10 +262,9 @@ def literal(c: ml_collections.ConfigDict) -> None:
   # Cut at random out of what is stored; the axes' longest is an egg's 308 voxels.
   c.data.canvas = (192, 320, 320)
   c.data.clip.step = 8
-  c.augment = dict(
+  c.augment.update(
       normalize="unit", crop=(16, 64, 256, 256), flip=(0.0, 0.25, 0.25, 0.25),
-      brightness=0.2, contrast=0.2, noise_std=0.01, noise_probability=0.3,
-      views="shared",
+      handed=False, rot90=0.0, noise_std=0.01,
   )
   c.model.update(
       heads=8, order="space_first", time_projection=False, zero_time=False,
@@ -310,7 +316,9 @@ def sample(c: ml_collections.ConfigDict) -> None:
   c.data.validate = "read"
   c.data.threads = 2
   # Phantoms are as good in a mirror.
-  c.augment = dict(flip=(0.0, 0.5, 0.5, 0.5), rot90=0.75, views="shared")
+  c.augment.update(
+      flip=(0.0, 0.5, 0.5, 0.5), handed=False, brightness=0.0, contrast=0.0
+  )
   c.model.update(
       preset="tiny", width=64, depth=3, heads=4, patch=(1, 8, 8, 8),
       attention="xla", remat="none", dtype="float32", initializer="xavier",

@@ -130,6 +130,22 @@ def test_flips_come_as_often_as_asked_and_never_axially_by_default():
   assert abs((flipped[1] & flipped[3]).mean() - 0.15) < 0.06
 
 
+def test_what_is_handed_is_turned_over_and_turned_but_never_mirrored():
+  """The sign of the permutation of axes, seen from three neighbours of a voxel."""
+  batch = _coordinates(64, (1, 3, 6, 6))
+  volume = _run(batch, flip=(0.0, 0.5, 0.5, 0.0), handed=True, rot90=0.75)["volume"]
+  corner = volume[:, 0, 0, 0, 0, 1:]
+  steps = np.stack([
+      volume[:, 0, 1, 0, 0, 1:] - corner, volume[:, 0, 0, 1, 0, 1:] - corner,
+      volume[:, 0, 0, 0, 1, 1:] - corner,
+  ], axis=1)
+  np.testing.assert_allclose(np.linalg.det(steps), 1.0)
+  assert len({s.tobytes() for s in steps}) == 8  # All turns of a square prism.
+  free = _run(batch, flip=(0.0, 0.5, 0.5, 0.0))["volume"]
+  mirrored = free[:, 0, 0, 0, 1, 3] - free[:, 0, 0, 0, 0, 3]
+  assert (mirrored == 1).all()  # Without it X stays, and volumes are mirrored.
+
+
 def test_one_transform_moves_all_channels_and_both_views_alike():
   """Each voxel carries its place: context and target stay the same anatomy."""
   options = {
@@ -375,7 +391,8 @@ def test_other_types_of_key_serve_as_well(implementation):
         ({"normalize": "z-score"}, "closest: zscore"),
         ({"views": "two"}, "closest"),
         ({"rotate_axes": ("Y", "Y")}, "rotate_axes"),
-        ({"rotate": 1.0}, "rotate 1.0 must be a number in 0..0.785"),
+        ({"handed": True, "flip": (0.0, 0.5, 0.5, 0.5)}, "handed"),
+    ({"rotate": 1.0}, "rotate 1.0 must be a number in 0..0.785"),
         ({"noise_generator": "philox"}, "closest: "),
         ({"rot90": 0.5, "rot90_axes": ("Z", "X")}, "equal length"),
     ],

@@ -20,11 +20,11 @@ import numpy as np
 
 from vjepa_jax.data.phantoms import write_once
 
-VERSION = 1
+VERSION = 2
 STAGES = (
     "1-cell", "2-cell", "4-cell", "8-cell", "16-cell", "32-cell", "bent", "folded",
 )
-EMBRYOS = {"train": 20, "validation": 4, "test": 6}
+EMBRYOS = {"train": 48, "validation": 8, "test": 8}
 FRAMES = 64
 SHAPE = (16, 32, 32)
 COLUMNS = (

@@ -43,6 +43,7 @@ def make_augment(
     normalize: str = "zscore",
     crop: tuple[int, int, int, int] | None = None,
     flip: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
+    handed: bool = False,
     shift: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
     scale: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
     rotate: float = 0.0,
@@ -65,6 +66,8 @@ def make_augment(
     crop: voxels (T, Z, Y, X) to cut out, at random in training, else the centre.
       None keeps the volume whole.
     flip: probability of mirroring each axis. Mirroring Y puts a retina upside down.
+    handed: whether what is left-handed stays so: X is then mirrored just where one of
+      Z and Y alone is, which makes half turns of the flips; flip has no X then.
     shift: largest move along each axis, in voxels of the stored volume.
     scale: largest relative change of size along each axis; 0.1 draws 0.9..1.1.
     rotate: largest angle in rad in the plane of `rotate_axes`, in voxel units, at
@@ -161,6 +164,12 @@ def augment_faults(
     top = _MAX_ROTATE if name == "rotate" else top
     if not _numbers((value,), 1) or not 0 <= value <= top:
       faults.append(f"{name} {value!r} must be a number in 0..{top}")
+  flip = options.get("flip", (0.0,) * 4)
+  if options.get("handed") and _numbers(flip, 4) and flip[3]:
+    faults.append(
+        f"flip {flip!r} with handed: mirrors X where it must; give X no "
+        "probability of its own"
+    )
   for name in ("rotate_axes", "rot90_axes"):
     axes = options.get(name, ("Y", "X"))
     if len(axes) != 2 or len(set(axes)) != 2 or not set(axes) <= set(AXES):
@@ -231,7 +240,11 @@ def _mirror(
 ) -> tuple[jax.Array, jax.Array]:
   """Quarter turns and flips; the other moves favour no side, so they may follow."""
   plane = [AXES.index(a) for a in options["rot90_axes"]]
+  flips = [bool(probability) for probability in options["flip"]]
   mirrored = uniform[:, 15:] < jnp.asarray(options["flip"])  # [B, 4]
+  if options["handed"]:
+    flips[3] = flips[1] or flips[2]
+    mirrored = mirrored.at[:, 3].set(mirrored[:, 1] ^ mirrored[:, 2])
   turns = 1 + jnp.floor(uniform[:, 13] * 3).astype(jnp.int32)
   turns = jnp.where(uniform[:, 14] < options["rot90"], turns, 0)
 
@@ -240,7 +253,7 @@ def _mirror(
     if options["rot90"]:
       planes = _turn(planes, 1, 2, turns)
     for place, axis in enumerate(plane):
-      if options["flip"][axis]:
+      if flips[axis]:
         planes = _flip_where(planes, 1 + place, mirrored[:, axis])
     return planes
 
@@ -249,10 +262,10 @@ def _mirror(
         plane[1 - plane.index(a)] if a in plane else a for a in range(4)
     ])
     spacing = jnp.where(turns[:, None] % 2 == 1, spacing[:, order], spacing)
-  if options["rot90"] or any(options["flip"][axis] for axis in plane):
+  if options["rot90"] or any(flips[axis] for axis in plane):
     volume = _by_plane(change, volume, *(axis + 1 for axis in plane))
   for axis in set(range(4)) - set(plane):
-    if options["flip"][axis]:
+    if flips[axis]:
       volume = _flip_where(volume, axis + 1, mirrored[:, axis])
   return volume, spacing
 
