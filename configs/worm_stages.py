@@ -76,7 +76,8 @@ def stages(c: ml_collections.ConfigDict) -> None:
       head=dict(pool="mean", hidden=0, dropout=0.0),  # VideoMAE
       label_smoothing=0.1,  # seed
       ordinal=True,  # mistakes are made between neighbours
-      class_weights="balanced",
+      class_weights=(),  # a number a class, in their order; or by their counts:
+      balance_classes=True,
       transition_weight=0.1,  # seed
       max_skip=1.0,  # stages a minute
       monotone_weight=0.0,
@@ -113,7 +114,7 @@ def literal(c: ml_collections.ConfigDict) -> None:
   c.model.table_voxels = c.augment.crop
   c.augment.crop = (1, *c.augment.crop[1:])
   c.objective.update(
-      classes=10, labels="label", ordinal=False, class_weights="", transition_weight=0.0,
+      classes=10, labels="label", ordinal=False, balance_classes=False, transition_weight=0.0,
       head=dict(pool="cls", hidden=0, dropout=0.0),
   )
   c.optimizer.update(

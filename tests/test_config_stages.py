@@ -54,7 +54,9 @@ def test_balanced_weights_come_from_the_training_labels(cache):
 
 def test_weights_that_are_given_stay(cache):
   weights = (1.0,) * 7 + (2.0,)
-  experiment = built(changed(objective__class_weights=weights))
+  experiment = built(changed(
+      objective__class_weights=weights, objective__balance_classes=False
+  ))
   assert experiment.objective.class_weights == weights
 
 
@@ -85,7 +87,7 @@ def diagnosis():
   config = load("oct_multi", "tiny")
   with config.unlocked():
     config.objective = dict(
-        name="classify", classes=4, labels="label", class_weights="balanced"
+        name="classify", classes=4, labels="label", balance_classes=True
     )
     config.train.best_metric = ""
     config.evals = {}
@@ -102,7 +104,7 @@ def diagnosis():
         ["'frame_label' without data.stages"],
     ),
     (dict(objective__classes=None), ["objective.classes: missing"]),
-    (dict(objective__class_weights="even"), ["neither 'balanced' nor numbers"]),
+    (dict(objective__class_weights=(1.0,) * 8), ["balance_classes; give one of them"]),
     (dict(objective__max_skp=1.0), ["objective.max_skp: unknown key; closest: max_skip"]),
     (dict(objective__head__pool="median"), ["objective.head.pool"]),
     (

@@ -171,3 +171,11 @@ def test_a_sound_run_in_a_bucket_has_no_fault_and_is_described(manifest):
   assert all("/run/preflight_" in r for r in probes)
   assert refused.returncode == 2
   assert "FAIL  workdir" in refused.stdout and "FAIL  config" in refused.stdout
+
+
+def test_movies_with_stages_for_labels_are_tried_as_clips(tmp_path, monkeypatch):
+  monkeypatch.setenv("VJEPA_JAX_CACHE", str(tmp_path / "cache"))
+  config = config_lib.load("configs/worm_stages.py:tiny")
+  table = preflight.run(config, tmp_path / "run", volumes=2, say=lambda line: None)
+  assert [f for f in table.findings if f.status == preflight.FAIL] == []
+  assert "parameters" in lines(table, "state")[0].detail

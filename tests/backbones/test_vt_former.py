@@ -30,6 +30,13 @@ def init(model, volume=VOLUME, noise=0.2, **options):
   return jax.tree.unflatten(tree, leaves)
 
 
+def drawn(model, volume=VOLUME):
+  """Parameters that nothing is compiled for."""
+  shapes = jax.eval_shape(model.init, jax.random.key(1), volume)["params"]
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda p: np.float32(0.3 * rng.normal(size=p.shape)), shapes)
+
+
 @functools.cache
 def compiled(model):
   return jax.jit(model.apply, static_argnames="train")
@@ -160,6 +167,64 @@ def test_a_new_model_sees_every_frame_as_the_frame_model_does():
     np.testing.assert_allclose(ours[:, time], one.tokens, rtol=1e-4, atol=1e-5)
   other = encode(model, init(model))
   assert not np.allclose(frames(other.tokens), ours, atol=1e-2)
+
+
+def test_one_place_without_attention_over_space_is_the_joint_model_over_time():
+  column = VOLUME[:, :, :2, :4, :4]
+  model = make(time_projection=False, class_token=False)
+  params = drawn(model, column)
+  own = params["stack"]["blocks"]
+  own["attn"] = jax.tree.map(np.zeros_like, own["attn"])
+  kept = {k: v for k, v in own.items() if k not in ("time_attn", "time_norm")}
+  over_time = kept | {"attn": own["time_attn"], "norm1": own["time_norm"]}
+  joint = make(space_time="joint", class_token=False)
+  ours = encode(model, params, column).tokens
+  theirs = encode(joint, params | {"stack": {"blocks": over_time}}, column).tokens
+  assert ours.shape == (2, TIMES, 24)
+  np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def program(model, times):
+  """The text of what is computed of clips of so many time points."""
+  volume = jax.ShapeDtypeStruct((1, times, *VOXELS[1:], 1), jnp.float32)
+  params = jax.eval_shape(model.init, jax.random.key(0), volume)
+  return str(jax.make_jaxpr(model.apply)(params, volume))
+
+
+@pytest.mark.parametrize("space_time", vt_former.SPACE_TIME)
+def test_neither_time_points_nor_blocks_make_the_program_longer(space_time):
+  text = program(make(space_time=space_time, class_token=False), 5)
+  steps = text.count(" = ")
+  for depth, times in ((2, 17), (7, 5)):
+    other = program(make(space_time=space_time, class_token=False, depth=depth), times)
+    assert other.count(" = ") == steps > 50
+  # Of all pairs of the 60 tokens only joint attention holds scores.
+  assert ("60,60]" in text) == (space_time == "joint")
+
+
+@pytest.mark.parametrize("space_time", vt_former.SPACE_TIME)
+def test_each_blocks_output_is_given_and_the_last_one_normed_is_the_features(space_time):
+  model, first = make(space_time=space_time), make(space_time=space_time, depth=1)
+  params = drawn(model)
+  cut = params | {"stack": jax.tree.map(lambda p: p[:1], params["stack"])}
+
+  def normed(x):
+    x = np.asarray(x, np.float64)
+    x = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1)[..., None] + 1e-6)
+    return x * params["norm"]["scale"] + params["norm"]["bias"]
+
+  @jax.jit
+  def both(params, cut):
+    whole = model.apply({"params": params}, VOLUME, mutable=["intermediates"])
+    return whole, first.apply({"params": cut}, VOLUME)
+
+  (features, state), shorter = both(params, cut)
+  sown = {name: value[0] for name, value in state["intermediates"].items()}
+  assert sown["blocks"].shape == (2, *features.tokens.shape)
+  near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+  for n, wanted in enumerate((shorter, features)):
+    near(normed(sown["blocks"][n]), wanted.tokens)
+    near(normed(sown["block_cls"][n].mean(axis=1)), wanted.cls)
 
 
 def test_divided_attention_reaches_one_place_over_time_and_one_time_over_space():

@@ -264,6 +264,20 @@ def test_a_plain_folder_of_time_points_is_a_movie(tmp_path, where):
   assert not [row for row in movie.frames.values() if "notes" in row.path]
 
 
+def test_pictures_beside_the_time_points_are_passed_over(tmp_path):
+  folder = tmp_path / "images"
+  folder.mkdir()
+  for t in range(3):
+    (folder / f"e_t{t:03d}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+  with pytest.raises(ReadError, match="empty_file"):
+    clips.list_movie(Row(str(folder), "e"))
+  for t in (0, 1):
+    tifffile.imwrite(folder / f"e_t{t:03d}.tif", volume(0, t))
+  movie = clips.list_movie(Row(str(folder), "e"))
+  assert list(movie.frames) == [0, 1] and movie.missing == 0
+  assert all(row.path.endswith(".tif") for row in movie.frames.values())
+
+
 def test_stages_of_time_points_come_with_the_batch(write):
   data = open_clips(write([16, 16]), stages=dict(taxonomy="count"))
   assert data.labels[:4] == ("1-cell", "2-cell", "4-cell", "8-cell")
@@ -275,6 +289,22 @@ def test_stages_of_time_points_come_with_the_batch(write):
   last = list(pipeline.eval_batches(data.splits["validation"], 3))[-1]
   assert last["_mask"].tolist() == [1, 0, 0]
   assert (last["frame_label"][1:] == -1).all() and (last["label"][1:] == -1).all()
+
+
+def test_numbers_of_stages_are_places_in_the_taxonomy_whatever_comes_first(
+    write, tmp_path
+):
+  manifest = write([4, 4])
+  for name, told in (("emb_0", "dcdb"), ("emb_1", "bbca")):
+    (tmp_path / "nih-ls" / name / "stages.tsv").write_text(
+        "t\tstage\n" + "".join(f"{t}\t{told[t]}\n" for t in (2, 0, 3, 1))
+    )
+  data = open_clips(
+      manifest, stages=dict(taxonomy=("a", "b", "c", "d", "e"), sources=("table",))
+  )
+  assert data.labels == ("a", "b", "c", "d", "e")
+  assert data.splits["train"].stage_ids.tolist() == [[3, 2, 3, 1]]
+  assert data.splits["validation"].stage_ids.tolist() == [[1, 1, 2, 0]]
 
 
 def test_without_stages_a_batch_has_no_frame_labels(write):
@@ -300,6 +330,30 @@ def test_time_points_without_a_stage_are_minus_one_and_counted(write, tmp_path):
   }
   assert report["movies_without"] == [train.rows[-1].path]
   assert report["time_points"]["train"]["without"] == 13
+
+
+def test_answers_that_name_no_one_stage_are_left_out_and_counted_in_the_report(
+    write, tmp_path
+):
+  manifest = write([6, 6], stages=False)
+  said = ("**2-cell**", "1.5-fold to 2-fold", "~100-cell", "", "comma")
+  (tmp_path / "nih-ls" / "emb_0" / "embryo_classifications_all.json").write_text(
+      json.dumps([
+          {"frame_index": t, "response": f"## Developmental Stage: {stage}"}
+          for t, stage in enumerate(said)
+      ] + [{"frame_index": 5, "response": "ERROR: overloaded"}])
+  )
+  (source,) = pipeline.plan(
+      manifest, splits="split", clip=dict(frames=6),
+      stages=dict(taxonomy="vlm14", sources=("answers",)),
+  )
+  report = source.facts["stages"]
+  assert report["dropped"] == {
+      "no stage": 4 + 6, "answers: ambiguous": 1, "answers: failed": 1,
+      "answers: no file": 1, "answers: no stage section": 1, "answers: unknown stage": 1,
+  }
+  shown = {k: n for k, n in report["time_points"]["train"].items() if n}
+  assert shown == {"2-cell": 1, "comma": 1, "without": 4}
 
 
 def test_a_stage_that_training_lacks_is_reported(write, tmp_path, caplog):

@@ -175,12 +175,35 @@ def test_padding_that_the_type_cannot_hold_is_refused_and_never_wraps(value):
   assert padded.volume[0, 0, 0, 0, 0] == value
 
 
+@pytest.mark.parametrize("how", ["max", "mean"])
+@pytest.mark.parametrize("place, axis", enumerate("ZYX"))
+def test_a_projection_is_one_voxel_as_long_as_the_volume(place, axis, how):
+  source = linear((6, 7, 9), OBLIQUE)
+  found = apply(source, "project", axis=axis, how=how)
+  wanted = getattr(source.volume, how)(axis=place + 1, keepdims=True)
+  np.testing.assert_allclose(found.volume, wanted, rtol=1e-5)
+  assert found.volume.dtype == source.volume.dtype
+  times = found.spacing[1:] / source.spacing[1:]
+  assert times[place] == pytest.approx((6, 7, 9)[place])
+  if how == "mean":  # Of a linear function its value at the centre.
+    np.testing.assert_allclose(
+        found.volume[0, ..., 0], places(found) @ LINEAR, rtol=1e-4
+    )
+
+
+def test_a_mean_projection_of_whole_numbers_is_rounded():
+  volume = np.array([[[0]], [[1]], [[1]]], np.uint8)
+  assert apply(record(volume), "project", how="mean").volume.ravel() == [1]
+
+
 def test_numbers_of_ops_that_are_none_are_faults():
   steps = [
       {"name": "pad_or_crop", "size": (1, 1, 1), "value": "x"},
       {"name": "pad_or_crop", "size": (1, 1, 1), "value": NAN},
       {"name": "crop_foreground", "above": NAN},
       {"name": "crop_foreground", "margin": 0.5},
+      {"name": "project", "axis": "T"},
+      {"name": "project", "how": "median"},
       {"name": "normalize_intensity", "divisor": NAN},
       {"name": "normalize_intensity", "subtrahend": (1, 2)},
       {"name": "scale_range", "a_min": 0, "a_max": math.inf},

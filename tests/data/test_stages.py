@@ -149,6 +149,22 @@ def test_a_count_without_a_class_is_dropped_and_not_moved(
   assert {k.removeprefix("counts: ") for k in losses if "class" in k} == lost
 
 
+@pytest.mark.parametrize("taxonomy, moved", [
+    ("vlm14", {}),
+    ("count", dict.fromkeys(("comma", "1.5-fold", "2-fold", "3-fold"), "elongation")),
+    ("worm10", {
+        "~14-cell": None, "~24-cell": None,
+        "~44-cell": "early gastrulation", "~90-cell": "early gastrulation",
+        "~190-cell": "late gastrulation", "~350-cell": "late gastrulation",
+    }),
+])
+def test_each_category_goes_to_its_class_or_to_none(taxonomy, moved):
+  options = StageOptions(taxonomy=taxonomy)
+  found = {stage: stages.in_taxonomy(stage, options) for stage in VLM14}
+  assert found == dict(zip(VLM14, VLM14)) | moved
+  assert {stage for stage in found.values() if stage} == set(options.classes)
+
+
 def write_tracks(folder, counts, head="t\tz\ty\tx\tcell_id\tparent_id\ttrack_id"):
   (folder / "tracks").mkdir(exist_ok=True)
   lines = [head] + [
@@ -188,6 +204,34 @@ def test_labels_of_time_points_that_are_not_there_are_dropped_and_counted(tmp_pa
   found, losses = stages.stages_of(StageOptions(), str(tmp_path), "e", [1, 2, 9])
   assert found == {1: "2-cell", 2: "2-cell"}
   assert losses == {"counts: no such time point": 2, "no stage": 1}
+
+
+@pytest.mark.parametrize("source", ["answers", "table"])
+def test_what_is_told_of_time_points_that_are_not_there_is_counted(tmp_path, source):
+  told = {3: "2-cell", 7: "4-cell", 8: "4-cell"}
+  (tmp_path / "stages.tsv").write_text(
+      "t\tstage\n" + "".join(f"{t}\t{stage}\n" for t, stage in told.items())
+  )
+  (tmp_path / "embryo_classifications_all.json").write_text(json.dumps([
+      entry(t, f"## Developmental Stage: {stage}") for t, stage in told.items()
+  ]))
+  found, losses = stages.stages_of(
+      StageOptions(sources=(source,)), str(tmp_path), "e", [2, 3, 4]
+  )
+  assert found == {3: "2-cell"}
+  assert losses == {f"{source}: no such time point": 2, "no stage": 2}
+
+
+def test_answers_go_by_the_frame_s_index_not_by_its_minute_or_picture():
+  said = entry(4, "## Developmental Stage: comma") | {
+      "timepoint_minutes": 9, "frame_path": "1_png\\frame_0007.png",
+      "cell_count": 2, "stage": "2-cell",
+  }
+  found, losses = answers(said)
+  assert found == {4: "comma"} and not +losses
+  del said["frame_index"]
+  found, losses = answers(said)
+  assert not found and +losses == {"no frame_index": 1}
 
 
 def test_the_first_source_that_knows_decides_and_what_differs_is_counted(tmp_path):

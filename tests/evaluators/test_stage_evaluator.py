@@ -57,6 +57,29 @@ def test_a_perfect_objective_has_perfect_numbers(data):
   assert all(np.isfinite(value) for value in found.values())
 
 
+def test_tiles_are_asked_one_by_one_and_the_mean_counts(data):
+  """One half tells stages, the other is as sure of the first of all."""
+  right = telling(sure=20.0)["logits"]
+
+  def logits(params, model_state, batch):
+    told = right(params, model_state, batch)
+    if batch["crop_start"][0, 2]:
+      return 0.1 * told
+    return told
+
+  found = run({"logits": logits}, data, tile=(4, 8, 8, 16))
+  alone = run(telling(sure=2.0), data)
+  assert found["stages.accuracy"] == 1.0
+  assert found["stages.nll"] == pytest.approx(
+      -np.log((1 + np.exp(-alone["stages.nll"])) / 2), rel=1e-4
+  )
+
+
+def test_a_tile_larger_than_the_clip_is_an_error(data):
+  with pytest.raises(ValueError, match="tiles"):
+    run(telling(), data, tile=(4, 8, 32, 16))
+
+
 def test_a_random_one_is_near_chance_and_decoding_hides_what_raw_guesses_do(data):
   found = run(drawing(1), data)
   assert abs(found["stages.accuracy"] - 1 / 8) < 0.1

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vjepa_jax.backbones.base import Features
+from vjepa_jax.data import pipeline
 from vjepa_jax.data.phantom_embryos import STAGES
 from vjepa_jax.evaluators import stage_probe
 from vjepa_jax.evaluators.stage_probe import Evaluator
@@ -153,8 +154,32 @@ def test_each_time_point_goes_through_the_encoder_once(data):
 def test_frames_are_pooled_by_mean_and_maximum_over_their_places():
   grid = Grid((4, 4, 4, 4), (2, 2, 4, 4))
   tokens = np.array([[[1.0], [5.0], [2.0], [-4.0]]])  # Two times of two places.
-  pooled = np.asarray(stage_probe._pool(tokens, grid))
-  np.testing.assert_array_equal(pooled[0], [[3, 5], [3, 5], [-1, 2], [-1, 2]])
+  mean, most = np.asarray(stage_probe._pool(tokens, grid))[:, 0, :, 0]
+  np.testing.assert_array_equal(mean, [3, 3, -1, -1])
+  np.testing.assert_array_equal(most, [5, 5, 2, 2])
+
+
+def test_tiles_are_pooled_together_over_all_of_a_clip(data):
+  """Of what a tile holds: the mean of means and the greatest of all."""
+  seen = []
+
+  def features(params, model_state, batch):
+    del params, model_state
+    start, volume = batch["crop_start"][0], batch["volume"]
+    part = volume[:, :, :, start[2] : start[2] + 8].astype(np.float32)
+    seen.append(tuple(start))
+    tokens = part.mean(axis=(2, 3, 4))  # One place a time point.
+    return Features(tokens, Grid((4, 8, 8, 16), (1, 8, 8, 16)))
+
+  made = Evaluator({"features": features}, data, **QUICK | {
+      "baselines": (), "tile": (4, 8, 8, 16)
+  })
+  batch = next(pipeline.eval_batches(data.splits["validation"], 2))
+  found = made._of_frames(None, None, batch)[..., 0]
+  np.testing.assert_allclose(
+      found, batch["volume"].mean(axis=(2, 3, 4, 5), dtype=float), rtol=1e-5
+  )
+  assert seen == [(0, 0, 0, 0), (0, 0, 8, 0)]
 
 
 def test_a_stage_that_no_labelled_embryo_shows_is_counted(

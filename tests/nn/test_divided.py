@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vjepa_jax.nn import attention
+from vjepa_jax.nn import attention, divided
 
 MESHES = """
 import json, re
@@ -133,3 +133,54 @@ def test_projections_have_the_biases_that_they_are_given():
     params = jax.eval_shape(lambda m=module: m.init(jax.random.key(0), x))["params"]
     found = {name[0] for name in ("query", "key", "value") if "bias" in params[name]}
     assert found == set(biases)
+
+
+def block_parts(**options):
+  """A block, drawn parameters that leave its MLP out, and some tokens."""
+  block = divided.DividedBlock(16, 2, **options)
+  keys = jax.random.split(jax.random.key(0), 3)
+  x = jax.random.normal(keys[0], (2, 3, 5, 16))
+  cls = jax.random.normal(keys[1], (2, 1, 16))
+  leaves, tree = jax.tree.flatten(jax.eval_shape(block.init, keys[2], x, cls)["params"])
+  rng = np.random.default_rng(0)
+  drawn = [jnp.asarray(0.3 * rng.normal(size=p.shape), jnp.float32) for p in leaves]
+  return block, silenced(jax.tree.unflatten(tree, drawn), "mlp"), x, cls
+
+
+def silenced(params, name):
+  return params | {name: jax.tree.map(jnp.zeros_like, params[name])}
+
+
+@pytest.mark.parametrize("order", divided.ORDERS)
+@pytest.mark.parametrize("projection", [True, False])
+def test_a_block_is_its_two_attentions_in_the_order_asked_for(order, projection):
+  block, params, x, cls = block_parts(order=order, time_projection=projection)
+  last = "time_proj" if projection else "time_attn"
+  apply = jax.jit(lambda params, x, cls: block.apply({"params": params}, x, cls))
+  time = lambda x, cls: apply(silenced(params, "attn"), x, cls)
+  space = lambda x, cls: apply(silenced(params, last), x, cls)
+  first, second = (time, space) if order == "time_first" else (space, time)
+  found, by_halves = apply(params, x, cls), second(*first(x, cls))
+  for one, other in zip(found, by_halves, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+  turned = first(*second(x, cls))
+  assert np.abs(found[0] - turned[0]).max() > 0.05
+  np.testing.assert_array_equal(time(x, cls)[1], cls)
+
+
+def test_a_class_token_moves_by_the_mean_of_what_it_moves_in_each_frame():
+  block, params, x, cls = block_parts(order="time_first")
+  still = silenced(params, "time_proj")
+  alone = {k: v for k, v in params.items() if not k.startswith("time_")}
+  frame_wise = divided.DividedBlock(16, 2, time=False)
+
+  @jax.jit
+  def both(x, cls):
+    copies = jnp.broadcast_to(cls, (2, 3, 16))
+    joined = block.apply({"params": still}, x, cls)
+    return joined, frame_wise.apply({"params": alone}, x, copies)
+
+  (tokens, moved), (frames, own) = both(x, cls)
+  np.testing.assert_allclose(tokens, frames, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(moved[:, 0], own.mean(axis=1), rtol=1e-5, atol=1e-5)
+  assert np.ptp(np.asarray(own), axis=1).max() > 0.05

@@ -37,3 +37,12 @@ def test_the_gradient_of_places_holds_no_table_of_all_tokens():
   assert "120" not in text(places=PLACES)
   one, other = gradient(params, ids=ids.reshape(2, -1)), gradient(params, places=PLACES)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one, other)
+
+
+def test_one_time_point_has_the_middle_of_the_times_that_were_learned():
+  table = tables.SpaceTimeTable(8, dims=(4, *DIMS[1:]))
+  params = table.init(jax.random.key(0), (4, *DIMS[1:]))
+  one = table.apply(params, (1, *DIMS[1:]))
+  learned = params["params"]
+  middle = learned["time"][1:3].mean(axis=0)
+  np.testing.assert_allclose(one, learned["space"] + middle, rtol=1e-5, atol=1e-6)

@@ -164,6 +164,41 @@ def test_each_parameter_gets_gradient_and_has_a_rule_of_decay(name):
     assert silent == 0, f"{where}: {silent} units without gradient"
 
 
+@pytest.mark.parametrize("frames", [4, 1])
+def test_through_a_class_token_alone_every_layer_of_divided_attention_learns(frames):
+  """Also of single time points, with positions in time that were made for four."""
+  backbone = make_backbone(
+      "vt_former", class_token=True, depth=2, table_voxels=VOXELS
+  )
+  objective = classify.Classify(backbone, K, head=dict(pool="cls"))
+  batch = make_batch()
+  batch["volume"] = batch["volume"][:, :frames]
+  shapes, state = jax.eval_shape(objective.init, jax.random.key(0), batch)
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(lambda p: np.float32(0.3 * rng.normal(size=p.shape)), shapes)
+
+  def loss(params, volume):
+    seen = batch | {"volume": volume}
+    return objective.loss(params, state, seen, jax.random.key(0), train=True)[0]
+
+  grad = jax.jit(jax.grad(loss, argnums=(0, 1)))
+  gradients, voxels = grad(params, batch["volume"])
+  assert np.abs(voxels).max(axis=(2, 3, 4, 5)).min() > 0  # of every clip and time
+  # A softmax does not see a constant, and one of a single time point sees nothing.
+  blind = ("['key']['bias']",)
+  if frames == 1:
+    blind += ("['time_attn']['query']", "['time_attn']['key']")
+  found = jax.tree_util.tree_flatten_with_path(gradients)[0]
+  assert len(found) > 30
+  for path, gradient in found:
+    where = jax.tree_util.keystr(path)
+    if any(name in where for name in blind):
+      continue
+    layers = 2 if "stack" in where else 1
+    units = np.abs(gradient).reshape(layers, -1, gradient.shape[-1]).max(axis=1)
+    assert units.min() > 0, f"{where}: {np.sum(units == 0)} units without gradient"
+
+
 @pytest.mark.parametrize("name", ["frames", "over_time"])
 def test_frames_of_one_patch_share_their_logits(name):
   found = case(name).logits()
@@ -385,6 +420,33 @@ def learn(objective, batch, steps, rate=3e-3, metric="accuracy"):
   return params, np.asarray(found)
 
 
+def test_order_is_that_of_time_and_before_same_and_after_are_all_asked_for():
+  objective = make(labels="frame_label", order_weight=1.0)
+  rows = 300
+  # What is pooled of a time point is which one it is.
+  pooled = jnp.zeros((rows, 4, 16)).at[..., 0].set(jnp.arange(4.0))
+
+  def losses(hidden, last, bias):
+    params = {"order": {
+        "layers_0": {"kernel": hidden, "bias": np.zeros(16, np.float32)},
+        "layers_2": {"kernel": last, "bias": np.float32(bias)},
+    }}
+    return np.asarray(objective._order_loss(
+        params, pooled, jnp.arange(rows), jax.random.key(0)
+    ))
+
+  hidden, last = np.zeros((32, 16), np.float32), np.zeros((16, 3), np.float32)
+  asked = [
+      losses(hidden, last, 50 * np.eye(3)[order]) < 1.0 for order in range(3)
+  ]
+  assert (np.sum(asked, axis=0) == 1).all()
+  np.testing.assert_allclose(np.mean(asked, axis=1), [3 / 8, 2 / 8, 3 / 8], atol=0.1)
+  # One unit is above 0 where the second is later, one where it is earlier.
+  hidden[[0, 16], 0], hidden[[0, 16], 1] = (-9, 9), (9, -9)
+  last[0, 2] = last[1, 0] = 9
+  assert losses(hidden, last, (0, 9, 0)).max() < 1e-2
+
+
 def test_order_can_be_learned():
   """Brightness grows with time, from a level of the clip's own."""
   batch = make_batch(rows=16)
@@ -484,7 +546,7 @@ FAULTS = [
     (dict(label_smoothing=1.0), "objective.label_smoothing: 1.0 is not in [0, 1)"),
     (dict(label_smoothing=-0.1), "objective.label_smoothing: -0.1"),
     (dict(ordinal=True), "objective.ordinal: says where label_smoothing goes"),
-    (dict(class_weights="balance"), "'balance' is neither 'balanced' nor numbers"),
+    (dict(class_weights=(1.0,) * 5, balance_classes=True), "give one of them"),
     (dict(class_weights=(1.0, 2.0)), "2 numbers for 5 classes"),
     (dict(class_weights=(1.0, 1.0, 1.0, 1.0, 0.0)), "must all be above 0"),
     (dict(max_skip=0.0), "objective.max_skip: 0.0 must be above 0"),

@@ -174,6 +174,34 @@ def test_predictions_are_where_the_target_says():
   assert np.abs(found[:, :, 0] - found[:, :, 1]).max() > 1e-2
 
 
+@pytest.mark.parametrize("space_time", mae.SPACE_TIME)
+def test_learned_positions_of_the_decoder_are_parameters_from_the_start(space_time):
+  start = lambda **decoder: jax.eval_shape(
+      make(decoder=decoder | dict(space_time="divided")).init,
+      jax.random.key(0), make_batch(),
+  )[0]["decoder"]
+  table = {name: p.shape for name, p in start()["positions"].items()}
+  assert table == {"space": (12, 16), "time": (4, 16)}
+  assert "positions" not in start(positions="sincos")
+  # And each of them is learned from.
+  decoder = mae.Decoder(voxels=8, width=16, depth=1, heads=2, space_time=space_time)
+  ids = lambda *places: jnp.asarray([
+      [place + 12 * t for t in range(4) for place in places]
+  ])
+  split = masks_lib.Split(ids(0, 3, 8), ids(1, 2, 4, 5, 6, 7, 9, 10, 11))
+  rng = np.random.default_rng(0)
+  context = jnp.asarray(rng.normal(size=(1, 12, 24)), jnp.float32)
+  given = (context, split, Grid(VOXELS, PATCH))
+  shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), *given))["params"]
+  params = jax.tree.map(lambda p: np.float32(0.3 * rng.normal(size=p.shape)), shapes)
+  loss = lambda params: jnp.square(decoder.apply({"params": params}, *given)).sum()
+  gradients = jax.jit(jax.grad(loss))(params)
+  for name, shape in table.items():
+    gradient = np.abs(gradients["positions"][name])
+    assert gradient.shape == shape and gradient.max(axis=1).min() > 0, name
+  assert np.abs(gradients["mask_token"]).min() > 0
+
+
 def test_the_loss_is_the_mean_over_hidden_patches_of_the_normalised_error():
   c = case("divided")
   loss, metrics, _ = c.loss()

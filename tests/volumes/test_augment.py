@@ -189,6 +189,17 @@ def test_a_random_crop_is_a_window_and_reaches_both_ends():
   assert set(starts[:, 1]) == {0, 1, 2} and set(starts[:, 3]) == {0, 1, 2, 3, 4}
 
 
+def test_what_is_cut_out_in_evaluation_is_the_centre_or_where_the_batch_says():
+  batch = _coordinates(2, (1, 5, 6, 8))
+  options = dict(crop=(1, 3, 6, 4), train=False)
+  centre = _run(batch, **options)["volume"][:, 0, 0, 0, 0]
+  np.testing.assert_array_equal(centre, [[0, 1, 0, 2]] * 2)
+  starts = np.array([[0, 2, 0, 4], [0, 0, 0, 1]], np.int32)
+  said = _run({**batch, "crop_start": starts}, **options)
+  np.testing.assert_array_equal(said["volume"][:, 0, 0, 0, 0], starts)
+  assert "crop_start" not in said
+
+
 def _reference_resample(volume, axis, factor, move):
   """Linear interpolation voxel by voxel with numpy.interp."""
   size = volume.shape[axis]

@@ -134,13 +134,14 @@ def _with_counted_labels(
         f"objective.classes: {options['classes']}, but the labels of the data are "
         f"{len(train.labels)}: {', '.join(train.labels)}"
     )
-  if options.get("class_weights") != "balanced":
+  if not options.get("balance_classes"):
     return plain
   by_frame = options.get("labels", "label") == "frame_label"
   labels = train.stage_ids if by_frame else train.label_ids
   counts = np.bincount(labels[labels >= 0], minlength=options["classes"])
   weights = names.module_of("objective", options["name"]).balanced_weights(counts)
-  return plain | {"objective": options | {"class_weights": weights}}
+  counted = {"class_weights": weights, "balance_classes": False}
+  return plain | {"objective": options | counted}
 
 
 def _lengths(train: Mapping[str, Any], data: pipeline.Data) -> dict[str, int]:

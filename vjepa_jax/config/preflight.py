@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vjepa_jax import config as config_lib
-from vjepa_jax.config import units
+from vjepa_jax.config import programs, units
 from vjepa_jax.data import pipeline
 from vjepa_jax.data import volumes as volumes_lib
 from vjepa_jax.data.manifest import Row
@@ -353,12 +353,16 @@ def _check_batch(table: Table, experiment, samples: Sequence[Sample], folder) ->
 
 
 def _element(number: int, sample: Sample) -> volumes_lib.Batch:
+  """Returns a row of a batch; what its label is decides no shape."""
   canvas = sample.canvas
+  stages = {}
+  if getattr(sample.row, "stages", ()):
+    stages["frame_label"] = np.full(len(canvas.volume), -1, np.int32)
   return {
       "volume": canvas.volume, "mean": np.float32(canvas.mean),
       "std": np.float32(canvas.std), "spacing": canvas.spacing,
       "index": np.int32(number), "label": np.int32(-1), "source": np.int32(0),
-      "_mask": np.float32(1),
+      "_mask": np.float32(1), **stages,
   }
 
 
@@ -525,16 +529,11 @@ def _time_step(compiled, draw, places, batch, mesh) -> float:
 def _batch_shapes(experiment, samples: Sequence[Sample]) -> dict[str, Any]:
   """Returns the global batch's shapes; without a volume, those of the config."""
   rows = experiment.options.batch_size
-  if samples:
-    like = _element(0, samples[0])
-  else:
-    canvas = np.zeros((1, *experiment.config["data"]["canvas"], 1), np.uint8)
-    like = _element(0, Sample(
-        None, Record(canvas, np.ones(4), "none", mean=0.0, std=1.0), 0.0, 0.0
-    ))
+  if not samples:
+    return programs.batch_shapes(experiment.config, rows)
   return {
       name: jax.ShapeDtypeStruct((rows, *np.shape(value)), np.asarray(value).dtype)
-      for name, value in like.items()
+      for name, value in _element(0, samples[0]).items()
   }
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from vjepa_jax.data.phantoms import write_once
 
-VERSION = 2
+VERSION = 1
 STAGES = (
     "1-cell", "2-cell", "4-cell", "8-cell", "16-cell", "32-cell", "bent", "folded",
 )
@@ -236,7 +236,7 @@ class _Scene:
     walk = np.cumsum(rng.normal(0, 0.08, (frames, 3)), axis=0)
     self._centre = (np.array(shape) - 1) / 2 * self.spacing + rng.normal(0, 0.8, 3) + walk
     self._background = rng.uniform(0.02, 0.08)
-    self._haze = rng.uniform(0.05, 0.2)
+    self._haze = rng.uniform(0.1, 0.3)
     self._photons = rng.uniform(40, 110)
     self._gain = rng.uniform(2.0, 6.0)
     self._offset, self._noise = 100.0, rng.uniform(3.0, 9.0)

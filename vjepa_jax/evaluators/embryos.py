@@ -5,7 +5,7 @@ stages that a number is measured against are the truth, where there is any: answ
 a model are something to agree with, and numbers against them are named so.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from vjepa_jax.data import clips as clips_lib
 from vjepa_jax.evaluators.stage_metrics import UNKNOWN
+from vjepa_jax.volumes import tiles
 
 Batch = Mapping[str, np.ndarray]
 
@@ -204,6 +205,25 @@ def gather(
         "finite; needs one, and all finite"
     )
   return Found(values, minutes, seen)
+
+
+def tiled(batch: Batch, tile: Sequence[int]) -> Iterator[Batch]:
+  """Yields a host batch once for each tile of its volumes, saying which by crop_start.
+
+  Args:
+    batch: host batch, volume [B, T, Z, Y, X, C].
+    tile: (T, Z, Y, X) voxels, as `augment.crop` cuts them; () yields it as it is.
+
+  Raises:
+    ValueError: for a tile larger than the volumes.
+  """
+  if not len(tile):
+    yield batch
+    return
+  volume = batch["volume"]
+  for start in tiles.tile_starts(volume.shape[1:5], tile):
+    starts = np.broadcast_to(np.array(start, np.int32), (len(volume), 4))
+    yield {**batch, "crop_start": starts}
 
 
 def sequences(

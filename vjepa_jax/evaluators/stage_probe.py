@@ -113,6 +113,7 @@ class Evaluator:
       bootstrap: int = 1000,
       seed: int = 0,
       figures: bool = True,
+      tile: Sequence[int] = (),
   ):
     """Checks that the splits can answer before anything is computed.
 
@@ -131,6 +132,8 @@ class Evaluator:
       bootstrap: resamples of tested embryos.
       seed: of draws, folds and resamples.
       figures: whether to draw.
+      tile: (T, Z, Y, X) voxels of augment.crop: features of all tiles of that size that
+        cover a clip, pooled together, in place of those of its centre.
 
     Raises:
       KeyError: for an unknown split or baseline, or no "features".
@@ -156,7 +159,7 @@ class Evaluator:
     self._baselines, self._alpha = tuple(baselines), alpha
     self._inner_folds, self._max_skip = inner_folds, max_skip
     self._batch_size, self._repeats, self._seed = batch_size, bootstrap, seed
-    self._figures = figures
+    self._figures, self._tile = figures, tuple(tile)
     self._said: dict[bytes, dict[str, dict[int, np.ndarray]]] = {}
 
   def run(
@@ -185,10 +188,15 @@ class Evaluator:
       yield "stage_probe.embedding", self._embedding(judged, fit, test)
 
   def _of_frames(self, params, model_state, batch) -> np.ndarray:
-    features = self._features(params, model_state, batch)
-    if features.ids is not None:
-      raise ValueError("stage_probe: 'features' must be of all tokens, not of some")
-    return np.asarray(_pool(features.tokens, features.grid))
+    means, most = [], []
+    for part in embryos_lib.tiled(batch, self._tile):
+      features = self._features(params, model_state, part)
+      if features.ids is not None:
+        raise ValueError("stage_probe: 'features' must be of all tokens, not of some")
+      pooled = _pool(features.tokens, features.grid)
+      means.append(pooled[0])
+      most.append(pooled[1])
+    return np.concatenate([np.mean(means, axis=0), np.max(most, axis=0)], axis=-1)
 
   def _guesses(self, fit, test) -> dict[int, np.ndarray]:
     """Returns for each number of labelled embryos guesses, int [N, draws].
@@ -367,16 +375,16 @@ def _draw(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _pool(tokens: jax.Array, grid: Grid) -> jax.Array:
-  """Mean and maximum over the places of every time point, [B, T, 2 D].
+  """Mean and maximum over the places of every time point, [2, B, T, D].
 
   Time points that share a token in time share its features.
   """
   times = grid.dims[0]
   tokens = tokens.astype(jnp.float32).reshape(len(tokens), times, grid.places, -1)
-  pooled = jnp.concatenate([tokens.mean(axis=2), tokens.max(axis=2)], axis=-1)
+  pooled = jnp.stack([tokens.mean(axis=2), tokens.max(axis=2)])
   step = (grid.stride or grid.patch)[0]
   frame_of = np.minimum(np.arange(grid.voxels[0]) // step, times - 1)
-  return pooled[:, frame_of]
+  return pooled[:, :, frame_of]
 
 
 def _frames(of: Callable[..., np.ndarray], batch: Mapping[str, np.ndarray]):

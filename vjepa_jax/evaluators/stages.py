@@ -1,6 +1,6 @@
 """How well an objective tells the stage of each time point of unseen embryos."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,7 @@ class Evaluator:
       seed: int = 0,
       figures: bool = True,
       drawn: int = 6,
+      tile: Sequence[int] = (),
   ):
     """Checks that the split can answer before anything is computed.
 
@@ -80,6 +81,8 @@ class Evaluator:
       seed: of the resamples.
       figures: whether to draw.
       drawn: embryos in the timeline.
+      tile: (T, Z, Y, X) voxels of augment.crop: the mean over tiles of that size that
+        cover a clip, in place of what its centre says.
 
     Raises:
       KeyError: for an unknown split, or if functions lack "logits".
@@ -105,7 +108,7 @@ class Evaluator:
     self._points = embryos_lib.time_points(self._volumes, self._place)
     self._batch_size, self._max_skip, self._bins = batch_size, max_skip, bins
     self._repeats, self._seed = bootstrap, seed
-    self._figures, self._drawn = figures, drawn
+    self._figures, self._drawn, self._tile = figures, drawn, tuple(tile)
 
   def run(
       self, params: Any, model_state: Any
@@ -133,13 +136,16 @@ class Evaluator:
     classes = len(self._volumes.labels)
 
     def probabilities(batch):
-      logits = np.asarray(self._logits(params, model_state, batch), np.float64)
-      if logits.shape[-1] != classes:
-        raise ValueError(
-            f"{self._place}: logits {logits.shape} for {classes} stages; the "
-            "objective's classes must be those of data.stages.taxonomy"
-        )
-      return special.softmax(logits, axis=-1)
+      found = []
+      for part in embryos_lib.tiled(batch, self._tile):
+        logits = np.asarray(self._logits(params, model_state, part), np.float64)
+        if logits.shape[-1] != classes:
+          raise ValueError(
+              f"{self._place}: logits {logits.shape} for {classes} stages; the "
+              "objective's classes must be those of data.stages.taxonomy"
+          )
+        found.append(special.softmax(logits, axis=-1))
+      return np.mean(found, axis=0)
 
     batches = pipeline.eval_batches(self._volumes, self._batch_size, self._points.rows)
     return embryos_lib.gather(self._points, batches, probabilities, self._place)

@@ -108,8 +108,9 @@ class Classify:
     head: attributes of `Head`, without classes and frames.
     label_smoothing: share of the target that the other classes get.
     ordinal: whether only the neighbouring stages get it.
-    class_weights: of the classes in the loss, of any scale; (): all alike; "balanced":
-      by their numbers among the training labels (the config's builder counts them).
+    class_weights: of the classes in the loss, of any scale; (): all alike.
+    balance_classes: whether the weights are inverse to the classes' numbers among the
+      training labels; `config.build` counts them and gives them as class_weights.
     transition_weight: of -log of the chance that two neighbouring time points make a
       possible transition: from a stage to itself or up to max_skip later ones.
     max_skip: stages that may be gone forward in a minute; one a time point at least.
@@ -131,7 +132,8 @@ class Classify:
   head: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   label_smoothing: float = 0.0
   ordinal: bool = False
-  class_weights: Sequence[float] | str = ()
+  class_weights: Sequence[float] = ()
+  balance_classes: bool = False
   transition_weight: float = 0.0
   max_skip: float = 1.0
   monotone_weight: float = 0.0
@@ -254,7 +256,7 @@ class Classify:
         labels, self.classes, smoothing=self.label_smoothing, ordinal=self.ordinal
     )
     entropy = -(targets * jax.nn.log_softmax(logits)).sum(axis=-1)
-    if isinstance(self.class_weights, str) or not len(self.class_weights):
+    if not len(self.class_weights):
       return entropy
     weights = jnp.asarray(self.class_weights, jnp.float32)
     weights = weights / weights.mean()
@@ -394,7 +396,8 @@ def objective_faults(
     head: Mapping[str, Any] | None = None,
     label_smoothing: float = 0.0,
     ordinal: bool = False,
-    class_weights: Sequence[float] | str = (),
+    class_weights: Sequence[float] = (),
+    balance_classes: bool = False,
     max_skip: float = 1.0,
     monotone_margin: float = 0.0,
     **over_time: float,
@@ -412,7 +415,7 @@ def objective_faults(
         "objective.ordinal: says where label_smoothing goes, and that is 0; set "
         "label_smoothing or leave ordinal out"
     )
-  faults += _weight_faults(class_weights, classes)
+  faults += _weight_faults(class_weights, balance_classes, classes)
   if not max_skip > 0:
     faults.append(f"objective.max_skip: {max_skip} must be above 0")
   if monotone_margin < 0:
@@ -451,12 +454,10 @@ def pair_faults(
   return faults
 
 
-def _weight_faults(class_weights, classes) -> list[str]:
+def _weight_faults(class_weights, balance_classes, classes) -> list[str]:
   place = "objective.class_weights"
-  if isinstance(class_weights, str):
-    if class_weights in ("", "balanced"):
-      return []
-    return [f"{place}: {class_weights!r} is neither 'balanced' nor numbers"]
+  if class_weights and balance_classes:
+    return [f"{place}: {tuple(class_weights)} and balance_classes; give one of them"]
   if class_weights and len(class_weights) != classes:
     return [f"{place}: {len(class_weights)} numbers for {classes} classes"]
   if any(not weight > 0 for weight in class_weights):

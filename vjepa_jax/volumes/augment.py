@@ -63,8 +63,9 @@ def make_augment(
   Args:
     normalize: "zscore" by the batch's stored `mean` and `std`; "unit" maps each
       volume's own least and greatest voxel to 0 and 1; "none" only casts.
-    crop: voxels (T, Z, Y, X) to cut out, at random in training, else the centre.
-      None keeps the volume whole.
+    crop: voxels (T, Z, Y, X) to cut out, at random in training, else the centre, or
+      where the batch says by `crop_start` int32 [B, 4], the first voxel along each
+      axis. None keeps the volume whole.
     flip: probability of mirroring each axis. Mirroring Y puts a retina upside down.
     handed: whether what is left-handed stays so: X is then mirrored just where one of
       Z and Y alone is, which makes half turns of the flips; flip has no X then.
@@ -112,7 +113,9 @@ def make_augment(
     volume = batch["volume"]
     _check_shape(volume, options)
     if not train:
-      batch["volume"] = _crop(_normalize(volume, batch, normalize), crop, None)
+      starts = batch.pop("crop_start", None)
+      volume = _normalize(volume, batch, normalize)
+      batch["volume"] = _crop(volume, crop, starts)
       return batch
     keys = sample_keys(key, batch["_position"])
     place_key, photo_key, context_key = (
@@ -306,7 +309,7 @@ def _move(
 
   if options["rotate"] or set(within) & set(plane):
     volume = _by_plane(change, volume, *(axis + 1 for axis in plane))
-  return _crop(volume, options["crop"], uniform[:, 9:13]), spacing
+  return _crop_anywhere(volume, options["crop"], uniform[:, 9:13]), spacing
 
 
 def _by_plane(
@@ -428,19 +431,28 @@ def _shear(
   return cut(0, size) * (1 - weight) + cut(1, size) * weight
 
 
+def _crop_anywhere(
+    volume: jax.Array, crop: tuple[int, int, int, int] | None, uniform: jax.Array
+) -> jax.Array:
+  """Cuts `crop` voxels out, at places [B, 4] in [0, 1)."""
+  if crop is None:
+    return volume
+  spare = jnp.asarray(volume.shape[1:5]) - jnp.asarray(crop)
+  starts = jnp.minimum(jnp.floor(uniform * (spare + 1)).astype(jnp.int32), spare)
+  return _crop(volume, crop, starts)
+
+
 def _crop(
     volume: jax.Array,
     crop: tuple[int, int, int, int] | None,
-    uniform: jax.Array | None,
+    starts: jax.Array | None,
 ) -> jax.Array:
-  """Cuts `crop` voxels out, at places [B, 4] in [0, 1), or at the centre."""
+  """Cuts `crop` voxels out from `starts` [B, 4] on, or about the centre."""
   if crop is None or tuple(crop) == volume.shape[1:5]:
     return volume
-  spare = jnp.asarray(volume.shape[1:5]) - jnp.asarray(crop)
-  if uniform is None:
+  if starts is None:
+    spare = jnp.asarray(volume.shape[1:5]) - jnp.asarray(crop)
     starts = jnp.broadcast_to(spare // 2, (volume.shape[0], 4))
-  else:
-    starts = jnp.minimum(jnp.floor(uniform * (spare + 1)).astype(jnp.int32), spare)
   starts = jnp.pad(starts, ((0, 0), (0, 1)))
   size = (*crop, volume.shape[-1])
   return jax.vmap(lambda v, s: jax.lax.dynamic_slice(v, s, size))(volume, starts)

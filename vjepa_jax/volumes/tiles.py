@@ -1,9 +1,7 @@
-"""Tiles of a volume larger than what a model sees: where they lie, and their voxels."""
+"""Where the tiles of a volume lie that is larger than what a model sees."""
 
 from collections.abc import Sequence
 import itertools
-
-import jax
 
 
 def tile_starts(
@@ -34,16 +32,3 @@ def tile_starts(
     along.append([round(place * (n - t) / max(last, 1)) for place in range(last + 1)])
   return tuple(itertools.product(*along))
 
-
-def cut_tile(
-    volume: jax.Array, start: Sequence[int], tile: Sequence[int]
-) -> jax.Array:
-  """Returns one tile [B, *tile, C] of volumes [B, T, Z, Y, X, C].
-
-  Args:
-    volume: of a batch.
-    start: its first voxel along T, Z, Y and X.
-    tile: its voxels along T, Z, Y and X.
-  """
-  ends = [s + t for s, t in zip(start, tile, strict=True)]
-  return volume[(slice(None), *map(slice, start, ends))]

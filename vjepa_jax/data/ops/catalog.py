@@ -85,6 +85,18 @@ def crop_foreground_op(*, above: float = 0.0, margin: int = 0) -> Op:
   return lambda record, rng: spatial.cut_foreground(record, above, margin)
 
 
+def project_op(*, axis: str = "Z", how: str = "max") -> Op:
+  """One voxel along an axis: the projection that a 2-D model sees.
+
+  Args:
+    axis: "Z", "Y" or "X".
+    how: "max" or "mean" of a line's voxels.
+  """
+  _one_of("axis", axis, ("Z", "Y", "X"))
+  _one_of("how", how, ("max", "mean"))
+  return lambda record, rng: spatial.project(record, axis, how)
+
+
 def even_slices_op(
     *,
     step_mm: float | None = None,
@@ -188,6 +200,7 @@ OPS: dict[str, Callable[..., Op]] = {
     "resize": resize_op,
     "pad_or_crop": pad_or_crop_op,
     "crop_foreground": crop_foreground_op,
+    "project": project_op,
     "even_slices": even_slices_op,
     "normalize_intensity": normalize_intensity_op,
     "scale_range": scale_range_op,

@@ -533,6 +533,23 @@ def cut_foreground(record: Record, above: float, margin: int) -> Record:
   return _cut(record, low, [b - a for a, b in zip(low, high, strict=True)], 0)
 
 
+def project(record: Record, axis: str, how: str) -> Record:
+  """Makes one voxel of each line along an axis: its maximum or its mean."""
+  place = "ZYX".index(axis)
+  volume = record.volume
+  if how == "max":
+    made = volume.max(axis=place + 1, keepdims=True)
+  else:
+    made = volume.mean(axis=place + 1, keepdims=True, dtype=np.float64)
+    made = (np.rint(made) if volume.dtype.kind in "iu" else made).astype(volume.dtype)
+  ratio = np.ones(4, np.float32)
+  ratio[place + 1] = volume.shape[place + 1]
+  return dataclasses.replace(
+      record, volume=made, mean=None, std=None, spacing=record.spacing * ratio,
+      meta=place_meta(record.meta, ratio[1:].tolist(), (0, 0, 0)),
+  )
+
+
 def _cut(
     record: Record, starts: Sequence[int], size: Sequence[int], value: float
 ) -> Record:
