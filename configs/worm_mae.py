@@ -97,7 +97,14 @@ def whole_egg() -> ml_collections.ConfigDict:
       spacing_mm=(0.000325, 0.000325, 0.000325),  # two of the stored steps
       dtype="uint8",
       percentiles=(0.5, 99.8),  # of a movie, not of a frame: bleaching stays
-      clip=dict(frames=16, stride=1, step=1),  # seed: 16 minutes
+      clip=dict(
+          frames=16, stride=1,  # seed: 16 minutes
+          step=1,
+          # Of few movies: each one's time in so many stretches, shared out by `splits`
+          # (with split_column=""), `gap` minutes apart; default: what a clip spans.
+          time_blocks=0,
+          gap=placeholder(int),
+      ),
       # For the probe alone; {} where nothing is known of them.
       stages=dict(taxonomy="count", sources=("counts",)),
       max_bad_fraction=0.05,
@@ -311,7 +318,7 @@ def sample(c: ml_collections.ConfigDict) -> None:
   c.data.manifest = "phantom:worm"
   c.data.canvas = (16, 32, 32)
   c.data.spacing_mm = (0.0022, 0.0018, 0.0018)
-  c.data.clip = dict(frames=8, stride=2, step=1)
+  c.data.clip.update(frames=8, stride=2)
   c.data.stages = dict(taxonomy="phantom8", sources=("table",))
   c.data.validate = "read"
   c.data.threads = 2
@@ -351,7 +358,7 @@ def tiny(c: ml_collections.ConfigDict) -> None:
   c.data.manifest = "phantom:worm_tiny"
   c.data.canvas = (8, 16, 16)
   c.data.spacing_mm = (0.0044, 0.0036, 0.0036)
-  c.data.clip = dict(frames=4, stride=2, step=2)
+  c.data.clip.update(frames=4, stride=2, step=2)
   c.model.update(width=32, depth=2, heads=2, patch=(1, 4, 4, 4))
   c.objective.decoder.update(width=32, depth=1, heads=2)
   c.train.batch_size = 8

@@ -108,7 +108,7 @@ def stages(c: ml_collections.ConfigDict) -> None:
 
 def literal(c: ml_collections.ConfigDict) -> None:
   """Sets the numbers and choices of the WormVT project's own code."""
-  c.data.clip = dict(frames=1, stride=1, step=1)
+  c.data.clip.update(frames=1, step=1)
   c.data.stages = dict(taxonomy="worm10", sources=("answers",))
   # The positions are those of the pre-trained clips, resampled to one time point.
   c.model.table_voxels = c.augment.crop

@@ -108,7 +108,8 @@ def test_each_parameter_gets_gradient_and_no_unit_is_dead(options):
     name = jax.tree_util.keystr(path)
     if "key" in name and "bias" in name:
       continue  # A constant on all keys changes no softmax.
-    units = np.abs(gradient).reshape(-1, gradient.shape[-1]).max(axis=0)
+    layers = len(gradient) if "blocks" in name else 1  # Stacked over depth.
+    units = np.abs(gradient).reshape(layers, -1, gradient.shape[-1]).max(axis=1)
     assert units.min() > 0, f"{name}: {np.sum(units == 0)} units without gradient"
 
 

@@ -47,6 +47,11 @@ RULED_OUT = (
     ("Based on the picture:\n\n## 1. Developmental Stage: **3-fold**", "3-fold"),
     ("## 1. DEVELOPMENTAL STAGE: Two-cell stage", "2-cell"),
     ("## 1. Developmental Stage - 14 cells", "~14-cell"),
+    ("## 1. Developmental Stage: ~90-cell (104 cells tracked)", "~90-cell"),
+    ("## 1. Developmental Stage: four-cell", "4-cell"),
+    ("# Developmental Stage Analysis\n\n## 1. Developmental Stage: **~90-cell**",
+     "~90-cell"),
+    ("# Developmental Stage Analysis\n1. **Developmental Stage**: 2-fold", "2-fold"),
 ])
 def test_a_header_of_any_form_gives_its_stage_and_nothing_below_it(header, stage):
   assert stages.stage_of_answer(header + RULED_OUT) == (stage, "")
@@ -64,6 +69,15 @@ def test_a_header_of_any_form_gives_its_stage_and_nothing_below_it(header, stage
     ("## 1. Developmental Stage: beyond ~350-cell", "ambiguous"),
     ("## 1. Developmental Stage: 350+ cells", "ambiguous"),
     ("## 1. Developmental Stage: >350-cell", "ambiguous"),
+    ("## 1. Developmental Stage: late gastrulation to comma stage", "ambiguous"),
+    ("## 1. Developmental Stage: bean/comma", "ambiguous"),
+    ("## 1. Developmental Stage: 1.5-fold to pretzel", "ambiguous"),
+    ("## 1. Developmental Stage: **~44-cell** (or ~90-cell)", "ambiguous"),
+    ("## 1. Developmental Stage: 2-cell ruled out", "ambiguous"),
+    ("## 1. Developmental Stage: twenty-four-cell", "unknown stage"),
+    ("## 1. Developmental Stage: Twenty-eight-cell stage", "unknown stage"),
+    ("## 1. Developmental Stage: ~1,350 cells", "unknown stage"),
+    ("## 1. Developmental Stage: 1,2-cell", "unknown stage"),
     ("## 1. Developmental Stage: ~100-cell", "unknown stage"),
     ("## 1. Developmental Stage: 6-cell", "unknown stage"),
     ("## 1. Developmental Stage: gastrulation", "unknown stage"),
@@ -157,6 +171,11 @@ def test_a_count_without_a_class_is_dropped_and_not_moved(
         "~44-cell": "early gastrulation", "~90-cell": "early gastrulation",
         "~190-cell": "late gastrulation", "~350-cell": "late gastrulation",
     }),
+    ("worm10_merged", {
+        "~14-cell": "8-cell", "~24-cell": "8-cell",
+        "~44-cell": "early gastrulation", "~90-cell": "early gastrulation",
+        "~190-cell": "late gastrulation", "~350-cell": "late gastrulation",
+    }),
 ])
 def test_each_category_goes_to_its_class_or_to_none(taxonomy, moved):
   options = StageOptions(taxonomy=taxonomy)
@@ -167,12 +186,12 @@ def test_each_category_goes_to_its_class_or_to_none(taxonomy, moved):
 
 def write_tracks(folder, counts, head="t\tz\ty\tx\tcell_id\tparent_id\ttrack_id"):
   (folder / "tracks").mkdir(exist_ok=True)
-  lines = [head] + [
+  rows = [
       f"{t}\t1.0\t2.0\t3.0\t{n}\t-1" for t, count in enumerate(counts)
       for n in range(count)
   ]
-  random.Random(0).shuffle(lines[1:])
-  (folder / "tracks" / "tracks.txt").write_text("\n".join(lines) + "\n")
+  random.Random(0).shuffle(rows)
+  (folder / "tracks" / "tracks.txt").write_text("\n".join([head, *rows]) + "\n")
 
 
 @pytest.mark.parametrize("text", [

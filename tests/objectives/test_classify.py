@@ -159,7 +159,8 @@ def test_each_parameter_gets_gradient_and_has_a_rule_of_decay(name):
     where = jax.tree_util.keystr(path)
     if "key" in where and "bias" in where:  # Softmax does not see it.
       continue
-    units = np.abs(gradient).reshape(-1, gradient.shape[-1]).max(axis=0)
+    layers = len(gradient) if "blocks" in where else 1  # Stacked over depth.
+    units = np.abs(gradient).reshape(layers, -1, gradient.shape[-1]).max(axis=1)
     silent = np.sum(units == 0)
     assert silent == 0, f"{where}: {silent} units without gradient"
 

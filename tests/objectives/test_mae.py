@@ -126,7 +126,8 @@ def test_each_parameter_gets_gradient_and_what_is_hidden_gets_none(name):
     if where.endswith("['positions']['space']") or "pos_embed" in where:
       # A place that no row of this batch shows has no part in the encoder.
       gradient = np.abs(gradient).max(axis=0)
-    units = np.abs(gradient).reshape(-1, gradient.shape[-1]).max(axis=0)
+    layers = len(gradient) if "blocks" in where else 1  # Stacked over depth.
+    units = np.abs(gradient).reshape(layers, -1, gradient.shape[-1]).max(axis=1)
     assert units.min() > 0, f"{where}: {np.sum(units == 0)} units without gradient"
 
 

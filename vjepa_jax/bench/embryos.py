@@ -1,6 +1,6 @@
 """What pre-training on embryos, labels and each choice of the model are worth.
 
-python -m vjepa_jax.bench.embryos --workdir=runs/embryos [--seeds=0,1,2] [--jobs=1]
+python -m vjepa_jax.bench.embryos --folder=runs/embryos [--seeds=0,1,2] [--jobs=1]
   [--only=NAME,...] [-- --config.key=value ...]
 
 Runs `configs/worm_mae.py:sample` and `configs/worm_stages.py:sample` for each seed and
@@ -20,13 +20,13 @@ from typing import Any
 
 from absl import app, flags
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all runs.", required=True)
+_FOLDER = flags.DEFINE_string("folder", None, "Folder of all runs.", required=True)
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of data order and draws.")
 _JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.")
 _ONLY = flags.DEFINE_list("only", [], "Names of variations; default: all.")
 
 PRETRAINED = "pretrained"
-# A projection as a 2-D model sees it, as large as the volume.
+# The maximum projection, as a 2-D model sees it.
 _FLAT = {
     "data.ops": (dict(name="project", axis="Z", how="max"),),
     "data.canvas": (1, 32, 32), "data.spacing_mm": (0.0352, 0.0018, 0.0018),
@@ -70,6 +70,16 @@ VARIATIONS = {
         "the same by a class token", False, _ONE_FRAME | {
             "model.class_token": True, "objective.labels": "label",
             "objective.head.pool": "cls",
+        },
+    ),
+    "one_frame_3": Variation(
+        "single time points of 3 embryos", False,
+        _ONE_FRAME | {"data.train_participants": 3},
+    ),
+    "leaky_3": Variation(
+        "the same, tested on minutes between those of training", False, _ONE_FRAME | {
+            "data.max_records": 3, "data.split_column": "", "data.clip.time_blocks": 8,
+            "data.clip.gap": 0,
         },
     ),
 }
@@ -139,7 +149,7 @@ def main(argv: list[str]) -> None:
   unknown = [name for name in names if name not in VARIATIONS]
   if unknown:
     raise app.UsageError(f"--only={unknown}: there are {', '.join(VARIATIONS)}")
-  folder = pathlib.Path(_WORKDIR.value)
+  folder = pathlib.Path(_FOLDER.value)
   with futures.ThreadPoolExecutor(_JOBS.value) as pool:
     make = lambda name, seed: pool.submit(run, name, seed, folder, argv[1:])
     first = {seed: make(PRETRAINED, seed) for seed in seeds}

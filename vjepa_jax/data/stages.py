@@ -26,6 +26,14 @@ _COUNTED = (
     "~90-cell", "~190-cell", "~350-cell",
 )
 _FOLDS = ("comma", "1.5-fold", "2-fold", "3-fold")
+_WORM10 = (
+    "1-cell", "2-cell", "4-cell", "8-cell", "early gastrulation", "late gastrulation",
+    *_FOLDS,
+)
+_GASTRULATION = {
+    "~44-cell": "early gastrulation", "~90-cell": "early gastrulation",
+    "~190-cell": "late gastrulation", "~350-cell": "late gastrulation",
+}
 # What a count above the last edge shows: comma and folds all have about 550 cells.
 _ELONGATION = "elongation"
 # Geometric midpoints of 1, 2, 4, 8, 14, 24, 44, 90, 190, 350 and 550 cells.
@@ -33,21 +41,18 @@ EDGES = (1.4, 2.8, 5.7, 10.6, 18.3, 32.5, 62.9, 131.0, 258.0, 439.0)
 TAXONOMIES: dict[str, tuple[str, ...]] = {
     # The categories that the model was asked to choose from.
     "vlm14": _COUNTED + _FOLDS,
-    # Of the WormVT project; it has no class for about 14 and 24 cells.
-    "worm10": (
-        "1-cell", "2-cell", "4-cell", "8-cell", "early gastrulation",
-        "late gastrulation", *_FOLDS,
-    ),
+    # Of the WormVT project; it has no class for about 14 and 24 cells: those time
+    # points are without one, or count as 8-cell.
+    "worm10": _WORM10,
+    "worm10_merged": _WORM10,
     "count": (*_COUNTED, _ELONGATION),
     "phantom8": (
         "1-cell", "2-cell", "4-cell", "8-cell", "16-cell", "32-cell", "bent", "folded",
     ),
 }
 _MOVED = {
-    "worm10": {
-        "~44-cell": "early gastrulation", "~90-cell": "early gastrulation",
-        "~190-cell": "late gastrulation", "~350-cell": "late gastrulation",
-    },
+    "worm10": _GASTRULATION,
+    "worm10_merged": _GASTRULATION | dict.fromkeys(("~14-cell", "~24-cell"), "8-cell"),
     "count": dict.fromkeys(_FOLDS, _ELONGATION),
 }
 SOURCES = ("counts", "answers", "table")
@@ -368,7 +373,8 @@ _IN_BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 _WORDS = {
     "one": "1", "single": "1", "two": "2", "three": "3", "four": "4", "eight": "8",
 }
-_NUMBER = r"(?:\d+(?:\.\d+)?)"
+# Never the end of another one, such as of 1,350.
+_NUMBER = r"(?<![\d.,])(?:\d+(?:\.\d+)?)"
 _RANGE = re.compile(
     rf"{_NUMBER}[\s~\u2248]*(?:-|\u2013|\u2014|/|to|or|and|through)[\s~\u2248]*{_NUMBER}"
     rf"|{_NUMBER}(?:[\s-]*(?:cells?|fold))?\s*\+"
@@ -380,7 +386,8 @@ _MENTION = re.compile(
 _HEDGED = re.compile(
     r"[<>\u2264\u2265]|\b(?:not|no|nor|un\w*|between|before|after|beyond|past|post|pre|"
     r"exceed\w*|less|more|fewer|earlier|later|above|below|least|most|towards?|"
-    r"approach\w*|transition\w*|if|cannot|possibly\s+\w+\s+or|or)\b", re.IGNORECASE,
+    r"approach\w*|transition\w*|if|cannot|ruled?|exclud\w*|versus|vs|or|to|and)\b|[/&]",
+    re.IGNORECASE,
 )
 
 
@@ -403,36 +410,39 @@ def stage_of_answer(text: str) -> tuple[str, str]:
     return "", "no stage section"
   answer = re.sub(r"[*_`\"]", "", answer).replace("\u00bd", ".5")
   answer = re.sub(
-      rf"\b({'|'.join(_WORDS)})(?=[\s-]*(?:cell|fold))",
+      rf"(?<![\w-])({'|'.join(_WORDS)})(?=[\s-]*(?:cell|fold))",
       lambda found: _WORDS[found[0].lower()], answer, flags=re.IGNORECASE,
   )
   outside = _IN_BRACKETS.sub(" ", answer)
-  # The number of cells beside a name, as in "comma (~550 cells)", is no second stage.
+  beside = " ".join(_IN_BRACKETS.findall(answer))
   if not _MENTION.search(outside):
-    outside = answer
+    outside, beside = answer, ""
   if _RANGE.search(outside) or _HEDGED.search(outside):
     return "", "ambiguous"
   named = {_named(*found) for found in _MENTION.findall(outside)}
   if len(named) > 1:
     return "", "ambiguous"
   stage = named.pop() if named else ""
+  # The number of cells beside a name, as in "comma (~550 cells)", is no second stage;
+  # "~44-cell (or ~90-cell)" has one.
+  others = {_named(*found) for found in _MENTION.findall(beside)} - {"", stage}
+  if stage and others:
+    return "", "ambiguous"
   return (stage, "") if stage else ("", "unknown stage")
 
 
 def _answer(text: str) -> str:
   """Returns what the section on the stage says first, or ""."""
-  lines = iter(text.splitlines())
-  for line in lines:
-    header = _HEADER.match(line)
-    if header is None:
-      continue
-    if rest := line[header.end():].strip(" \t*_#:-"):
-      return rest
-    for following in lines:
-      if _NEXT.match(following):
-        return ""
-      if said := following.strip(" \t*_#:->"):
-        return said
+  inside = False
+  for line in text.splitlines():
+    if header := _HEADER.match(line):
+      inside = True
+      if rest := line[header.end():].strip(" \t*_#:-"):
+        return rest
+    elif inside and _NEXT.match(line):
+      inside = False  # A title may be followed by the section of its name.
+    elif inside and (said := line.strip(" \t*_#:->")):
+      return said
   return ""
 
 
