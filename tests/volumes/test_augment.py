@@ -106,6 +106,14 @@ def test_a_constant_volume_stays_finite():
     assert np.isfinite(_run(batch, normalize=how, gamma=0.5)["volume"]).all()
 
 
+def test_gamma_of_whole_numbers_that_were_normalised_is_finite():
+  """A compiler may round the z-score twice, so that a voxel is below the least one."""
+  for seed in range(3):
+    batch = _batch(4, (8, 16, 32, 32), dtype=np.uint8, seed=seed)
+    volume = _run(batch, normalize="zscore", gamma=0.3, seed=seed)["volume"]
+    assert np.isfinite(volume).all()
+
+
 @pytest.mark.parametrize("axis", range(4))
 def test_a_flip_mirrors_its_axis_and_nothing_else_and_undoes_itself(axis):
   probability = tuple(float(a == axis) for a in range(4))

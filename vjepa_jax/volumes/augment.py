@@ -486,7 +486,9 @@ def _shade(
   if gamma:
     low, high = _extremes(volume)
     span = jnp.maximum(high - low, _EPSILON)
-    volume = ((volume - low) / span) ** jnp.exp(gamma * signed[0]) * span + low
+    # Compiled, the volume may be rounded anew here and lie a little below its least.
+    share = jnp.clip((volume - low) / span, 0.0, 1.0)
+    volume = share ** jnp.exp(gamma * signed[0]) * span + low
   if contrast:
     volume = volume * (1 + contrast * signed[1])
   if brightness:
