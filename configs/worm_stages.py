@@ -134,7 +134,10 @@ def sample(c: ml_collections.ConfigDict) -> None:
   """The embedded corpus; settings measured to learn on two cores in minutes."""
   c.objective.classes = 8
   c.model.drop_path = 0.0
-  c.optimizer.update(learning_rate=1.5e-3, warmup_steps=30)
+  # An embryo's brightness and contrast are its own.
+  c.augment.update(brightness=0.3, contrast=0.3, gamma=0.3)
+  # A small model learns all its layers anew, at a rate as from scratch.
+  c.optimizer.update(learning_rate=1.5e-3, layer_decay=1.0, warmup_steps=30)
   del c.optimizer.warmup_percent
   c.train.total_steps = 600
   # The last step is what is reported, so that nothing is chosen on the test embryos.
@@ -147,6 +150,6 @@ def tiny(c: ml_collections.ConfigDict) -> None:
   """Shrinks the sample to seconds."""
   c.train.total_steps = 12
   c.train.best_metric = "stages.accuracy"
-  c.optimizer.warmup_steps = 2
+  c.optimizer.update(layer_decay=0.75, warmup_steps=2)
   for evaluator in c.evals.values():
     evaluator.update(split="validation", every_steps=6)
