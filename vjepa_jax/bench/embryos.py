@@ -151,11 +151,19 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"--only={unknown}: there are {', '.join(VARIATIONS)}")
   folder = pathlib.Path(_FOLDER.value)
   with futures.ThreadPoolExecutor(_JOBS.value) as pool:
-    make = lambda name, seed: pool.submit(run, name, seed, folder, argv[1:])
-    first = {seed: make(PRETRAINED, seed) for seed in seeds}
-    # What starts from another run waits for it.
+    first = {
+        seed: pool.submit(run, PRETRAINED, seed, folder, argv[1:]) for seed in seeds
+    }
+
+    def make(name, seed):
+      if VARIATIONS[name].tuned:
+        first[seed].result()  # Begun before: it is first in the queue.
+      return run(name, seed, folder, argv[1:])
+
+    later = {
+        (name, seed): pool.submit(make, name, seed) for seed in seeds for name in names
+    }
     found = {PRETRAINED: {seed: done.result() for seed, done in first.items()}}
-    later = {(name, seed): make(name, seed) for seed in seeds for name in names}
     for (name, seed), done in later.items():
       found.setdefault(name, {})[seed] = done.result()
   print("\n".join([*probe_table(found[PRETRAINED]), "", *tuned_table(found)]))
