@@ -343,14 +343,14 @@ def sample(c: ml_collections.ConfigDict) -> None:
   del c.optimizer.warmup_percent
   c.train.batch_size = 16
   del c.train.total_epochs
-  c.train.total_steps = 1500
+  c.train.total_steps = 1000
   c.train.log_every_steps = 20
   c.train.checkpoint_every_steps = 250
   c.train.validate_every_steps = 250
   c.train.validation_batches = 2
   c.evals.stage_probe.embryos = (1, 3, 0)
   for name, steps in dict(
-      health=500, stage_probe=750, reconstruction=750, attention=1500
+      health=500, stage_probe=500, reconstruction=500, attention=1000
   ).items():
     c.evals[name].every_steps = steps
 

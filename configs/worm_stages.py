@@ -135,7 +135,7 @@ def sample(c: ml_collections.ConfigDict) -> None:
   c.objective.classes = 8
   c.model.drop_path = 0.0
   # An embryo's brightness and contrast are its own.
-  c.augment.update(brightness=0.3, contrast=0.3, gamma=0.3)
+  c.augment.update(brightness=0.3, contrast=0.3)
   # A small model learns all its layers anew, at a rate as from scratch.
   c.optimizer.update(learning_rate=1.5e-3, layer_decay=1.0, warmup_steps=30)
   del c.optimizer.warmup_percent
