@@ -123,6 +123,9 @@ def whole_egg() -> ml_collections.ConfigDict:
       ),
   )
   c.augment = dict(
+      # (T, Z, Y, X) voxels: at random in training, in evaluation the centre, or tiles
+      # over all of the clip by evals.stages.tile (and .stage_probe.tile) of this size.
+      crop=placeholder(tuple),
       # A worm in a mirror is no worm: turned over, but never mirrored.
       flip=(0.0, 0.5, 0.5, 0.0),
       handed=True,
@@ -217,7 +220,8 @@ def whole_egg() -> ml_collections.ConfigDict:
       health=dict(type="health", split="validation", every_steps=500),
       # embryos: labelled ones, 0 for all; of NIH-LS one is there to train on.
       stage_probe=dict(
-          type="stage_probe", split="validation", embryos=(1, 0), every_steps=2000
+          type="stage_probe", split="validation", embryos=(1, 0), every_steps=2000,
+          tile=placeholder(tuple),
       ),
       reconstruction=dict(
           type="reconstruction", split="validation", every_steps=2000
@@ -293,7 +297,7 @@ def smoke(c: ml_collections.ConfigDict) -> None:
   c.data.canvas = (24, 40, 40)
   c.data.spacing_mm = (0.0013, 0.0013, 0.0013)
   c.data.clip.frames = 8
-  if "crop" in c.augment:
+  if c.augment.crop:
     c.augment.crop = (8, 24, 40, 40)
   c.model.update(preset="tiny", heads=3, patch=(1, 8, 8, 8), dtype="float32", remat="none")
   c.objective.masks.tubes.update(context=0.12, target=0.88)

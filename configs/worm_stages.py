@@ -101,7 +101,9 @@ def stages(c: ml_collections.ConfigDict) -> None:
     c.train.total_epochs = 50  # VideoMAE, seed
   c.train.best_metric = "stages.accuracy"
   c.evals = dict(
-      stages=dict(type="stages", split="validation", every_steps=500),
+      stages=dict(
+          type="stages", split="validation", every_steps=500, tile=placeholder(tuple)
+      ),
       attention=dict(type="attention", split="validation", every_steps=5000),
   )
 
@@ -113,6 +115,7 @@ def literal(c: ml_collections.ConfigDict) -> None:
   # The positions are those of the pre-trained clips, resampled to one time point.
   c.model.table_voxels = c.augment.crop
   c.augment.crop = (1, *c.augment.crop[1:])
+  c.evals.stages.tile = c.augment.crop
   c.objective.update(
       classes=10, labels="label", ordinal=False, balance_classes=False, transition_weight=0.0,
       head=dict(pool="cls", hidden=0, dropout=0.0),

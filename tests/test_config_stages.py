@@ -108,6 +108,10 @@ def diagnosis():
     (dict(objective__max_skp=1.0), ["objective.max_skp: unknown key; closest: max_skip"]),
     (dict(objective__head__pool="median"), ["objective.head.pool"]),
     (
+        dict(augment__crop=(4, 8, 8, 8), evals__stages__tile=(4, 8, 8, 16)),
+        ["evals.stages.tile: (4, 8, 8, 16) is not augment.crop (4, 8, 8, 8)"],
+    ),
+    (
         dict(objective__labels="label", objective__head__pool="cls",
              objective__transition_weight=0.0),
         ["'cls' without model.class_token"],

@@ -550,6 +550,12 @@ def _evaluation_faults(
           f"evals.{name}.batch_size: {rows} must be a positive multiple of the "
           f"{device_count or 'number of'} device(s)"
       )
+    tile, crop = options.get("tile"), plain["augment"].get("crop")
+    if tile and tuple(tile) != tuple(crop or ()):
+      faults.append(
+          f"evals.{name}.tile: {tuple(tile)} is not augment.crop {crop}; the model sees "
+          "volumes of one size"
+      )
   types = sorted({options["type"] for options in evals.values()})
   for key, known in (
       ("best_metric", types), ("early_stop_metric", [*types, "validation"])

@@ -113,7 +113,7 @@ class Evaluator:
       bootstrap: int = 1000,
       seed: int = 0,
       figures: bool = True,
-      tile: Sequence[int] = (),
+      tile: Sequence[int] | None = None,
   ):
     """Checks that the splits can answer before anything is computed.
 
@@ -159,7 +159,7 @@ class Evaluator:
     self._baselines, self._alpha = tuple(baselines), alpha
     self._inner_folds, self._max_skip = inner_folds, max_skip
     self._batch_size, self._repeats, self._seed = batch_size, bootstrap, seed
-    self._figures, self._tile = figures, tuple(tile)
+    self._figures, self._tile = figures, tuple(tile or ())
     self._said: dict[bytes, dict[str, dict[int, np.ndarray]]] = {}
 
   def run(

@@ -65,7 +65,7 @@ class Evaluator:
       seed: int = 0,
       figures: bool = True,
       drawn: int = 6,
-      tile: Sequence[int] = (),
+      tile: Sequence[int] | None = None,
   ):
     """Checks that the split can answer before anything is computed.
 
@@ -108,7 +108,7 @@ class Evaluator:
     self._points = embryos_lib.time_points(self._volumes, self._place)
     self._batch_size, self._max_skip, self._bins = batch_size, max_skip, bins
     self._repeats, self._seed = bootstrap, seed
-    self._figures, self._drawn, self._tile = figures, drawn, tuple(tile)
+    self._figures, self._drawn, self._tile = figures, drawn, tuple(tile or ())
 
   def run(
       self, params: Any, model_state: Any
