@@ -137,8 +137,6 @@ def sample(c: ml_collections.ConfigDict) -> None:
   """The embedded corpus; settings measured to learn on two cores in minutes."""
   c.objective.classes = 8
   c.model.drop_path = 0.0
-  # An embryo's brightness and contrast are its own.
-  c.augment.update(brightness=0.2, contrast=0.2)
   # A small model learns all its layers anew, at a rate as from scratch.
   c.optimizer.update(learning_rate=3e-3, layer_decay=1.0, warmup_steps=30)
   del c.optimizer.warmup_percent

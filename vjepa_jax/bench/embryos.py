@@ -32,6 +32,12 @@ _FLAT = {
     "data.canvas": (1, 32, 32), "data.spacing_mm": (0.0352, 0.0018, 0.0018),
     "model.patch": (1, 1, 8, 8), "augment.flip": (0.0, 0.0, 0.5, 0.5),
 }
+# Brightness, contrast and gamma of few embryos are not those of others.
+_SHADES = {
+    "augment.brightness": 0.3, "augment.contrast": 0.3, "augment.gamma": 0.3,
+    "train.total_steps": 400,
+}
+_FEW = {n: {"data.train_participants": n, **_SHADES} for n in (1, 3)}
 _ONE_FRAME = {"data.clip.frames": 1, "objective.transition_weight": 0.0}
 
 
@@ -53,10 +59,10 @@ class Variation:
 VARIATIONS = {
     "tuned": Variation("fine-tuned, all labelled embryos", True),
     "scratch": Variation("from scratch, all", False),
-    "tuned_3": Variation("fine-tuned, 3", True, {"data.train_participants": 3}),
-    "scratch_3": Variation("from scratch, 3", False, {"data.train_participants": 3}),
-    "tuned_1": Variation("fine-tuned, 1", True, {"data.train_participants": 1}),
-    "scratch_1": Variation("from scratch, 1", False, {"data.train_participants": 1}),
+    "tuned_3": Variation("fine-tuned, 3", True, _FEW[3]),
+    "scratch_3": Variation("from scratch, 3", False, _FEW[3]),
+    "tuned_1": Variation("fine-tuned, 1", True, _FEW[1]),
+    "scratch_1": Variation("from scratch, 1", False, _FEW[1]),
     "no_transition": Variation(
         "fine-tuned, all, without the loss of transitions", True,
         {"objective.transition_weight": 0.0},
@@ -74,12 +80,12 @@ VARIATIONS = {
     ),
     "one_frame_3": Variation(
         "single time points of 3 embryos", False,
-        _ONE_FRAME | {"data.train_participants": 3},
+        _ONE_FRAME | {"data.train_participants": 3, "train.total_steps": 400},
     ),
     "leaky_3": Variation(
         "the same, tested on minutes between those of training", False, _ONE_FRAME | {
             "data.max_records": 3, "data.split_column": "", "data.clip.time_blocks": 8,
-            "data.clip.gap": 0,
+            "data.clip.gap": 0, "train.total_steps": 400,
         },
     ),
 }
