@@ -204,9 +204,18 @@ def full() -> ml_collections.ConfigDict:
       compilation_cache="auto",
   )
   c.evals = dict(
-      health=dict(type="health", split="validation", every_steps=500),
-      probe=dict(type="probe", split="validation", every_steps=2000),
-      figures=dict(type="figures", split="validation", every_steps=5000),
+      health=dict(
+          type="health", split="validation", every_steps=500,
+          batch_size=placeholder(int),
+      ),
+      probe=dict(
+          type="probe", split="validation", every_steps=2000,
+          batch_size=placeholder(int),
+      ),
+      figures=dict(
+          type="figures", split="validation", every_steps=5000,
+          batch_size=placeholder(int),
+      ),
   )
   c.wandb = dict(project="", entity="", mode="online")
   return c

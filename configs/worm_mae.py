@@ -35,7 +35,8 @@ Arms, joined by commas (`:full,smoke`):
            frame), the class token takes part in the attention over space, the
            decoder's positions are trained, values keep one range through a movie (not
            through a frame), splits are by embryo (its validation clips overlapped its
-           training clips). Left out: dropout.
+           training clips). Left out: dropout, and a second change of contrast; the
+           one that stays is made always, not for half of the clips.
   tiny     seconds; for the tests
 """
 
@@ -100,13 +101,17 @@ def whole_egg() -> ml_collections.ConfigDict:
       clip=dict(
           frames=16, stride=1,  # seed: 16 minutes
           step=1,
+          eval_step=0,  # of other splits; 0: each time point once, where it can be
           # Of few movies: each one's time in so many stretches, shared out by `splits`
           # (with split_column=""), `gap` minutes apart; default: what a clip spans.
           time_blocks=0,
           gap=placeholder(int),
       ),
       # For the probe alone; {} where nothing is known of them.
-      stages=dict(taxonomy="count", sources=("counts",)),
+      # Files below an embryo's folder; "" is the usual name (docs/embryos.md).
+      stages=dict(
+          taxonomy="count", sources=("counts",), tracks="", answers="", table=""
+      ),
       max_bad_fraction=0.05,
       max_lost_fraction=0.05,
       validate="lazy",
@@ -133,8 +138,8 @@ def whole_egg() -> ml_collections.ConfigDict:
       rotate=0.0,  # rad in the plane
       scale=(0.0, 0.0, 0.0, 0.0),
       shift=(0.0, 0.0, 0.0, 0.0),  # voxels
-      brightness=0.2,  # seed
-      contrast=0.2,  # seed
+      brightness=0.2,  # added, in standard deviations
+      contrast=0.2,  # seed: 0.8 to 1.2 times
       gamma=0.0,
       noise_std=0.0,
       noise_probability=0.3,  # seed
@@ -151,6 +156,7 @@ def whole_egg() -> ml_collections.ConfigDict:
       zero_time=True,  # TimeSformer
       class_token=False,  # VideoMAE
       positions="learned",  # seed
+      table_voxels=placeholder(tuple),  # (T, Z, Y, X) that they are made for
       drop_path=0.0,  # VideoMAE
       attention="auto",  # the device's own kernels
       remat="attention",
@@ -217,16 +223,23 @@ def whole_egg() -> ml_collections.ConfigDict:
       compilation_cache="auto",
   )
   c.evals = dict(
-      health=dict(type="health", split="validation", every_steps=500),
+      health=dict(
+          type="health", split="validation", every_steps=500,
+          batch_size=placeholder(int),
+      ),
       # embryos: labelled ones, 0 for all; of NIH-LS one is there to train on.
       stage_probe=dict(
           type="stage_probe", split="validation", embryos=(1, 0), every_steps=2000,
-          tile=placeholder(tuple),
+          tile=placeholder(tuple), batch_size=placeholder(int),
       ),
       reconstruction=dict(
-          type="reconstruction", split="validation", every_steps=2000
+          type="reconstruction", split="validation", every_steps=2000,
+          batch_size=placeholder(int),
       ),
-      attention=dict(type="attention", split="validation", every_steps=5000),
+      attention=dict(
+          type="attention", split="validation", every_steps=5000,
+          batch_size=placeholder(int),
+      ),
   )
   c.wandb = dict(project="", entity="", mode="online")
   return c
@@ -274,8 +287,8 @@ def literal(c: ml_collections.ConfigDict) -> None:
   c.data.canvas = (192, 320, 320)
   c.data.clip.step = 8
   c.augment.update(
-      normalize="unit", crop=(16, 64, 256, 256), flip=(0.0, 0.25, 0.25, 0.25),
-      handed=False, rot90=0.0, noise_std=0.01,
+      normalize="range", crop=(16, 64, 256, 256), flip=(0.0, 0.25, 0.25, 0.25),
+      handed=False, rot90=0.0, brightness=0.0, noise_std=0.01,
   )
   c.model.update(
       heads=8, order="space_first", time_projection=False, zero_time=False,
@@ -323,7 +336,7 @@ def sample(c: ml_collections.ConfigDict) -> None:
   c.data.canvas = (16, 32, 32)
   c.data.spacing_mm = (0.0022, 0.0018, 0.0018)
   c.data.clip.update(frames=8, stride=2)
-  c.data.stages = dict(taxonomy="phantom8", sources=("table",))
+  c.data.stages.update(taxonomy="phantom8", sources=("table",))
   c.data.validate = "read"
   c.data.threads = 2
   # Phantoms are as good in a mirror.

@@ -27,6 +27,8 @@ Arms, joined by commas (`:full,scratch`):
   tiny     seconds; for the tests
 """
 
+from typing import Any
+
 import ml_collections
 from ml_collections.config_dict import placeholder
 
@@ -101,24 +103,37 @@ def stages(c: ml_collections.ConfigDict) -> None:
     c.train.total_epochs = 50  # VideoMAE, seed
   c.train.best_metric = "stages.accuracy"
   c.evals = dict(
-      stages=dict(
-          type="stages", split="validation", every_steps=500, tile=placeholder(tuple)
+      stages=judged("validation"),
+      # Nothing is chosen by it; "" for its split leaves it out.
+      test=judged("test", prefix="test"),
+      attention=dict(
+          type="attention", split="validation", every_steps=5000,
+          batch_size=placeholder(int),
       ),
-      attention=dict(type="attention", split="validation", every_steps=5000),
+  )
+
+
+def judged(split: str, **more: str) -> dict[str, Any]:
+  """Returns the evaluator of stages of a split."""
+  return dict(
+      type="stages", split=split, every_steps=500, tile=placeholder(tuple),
+      batch_size=placeholder(int), max_skip=1.0, **more,
   )
 
 
 def literal(c: ml_collections.ConfigDict) -> None:
   """Sets the numbers and choices of the WormVT project's own code."""
   c.data.clip.update(frames=1, step=1)
-  c.data.stages = dict(taxonomy="worm10", sources=("answers",))
+  c.data.stages.update(taxonomy="worm10", sources=("answers",))
+  c.train.best_metric = "stages.answers_accuracy"
   # The positions are those of the pre-trained clips, resampled to one time point.
   c.model.table_voxels = c.augment.crop
   c.augment.crop = (1, *c.augment.crop[1:])
-  c.evals.stages.tile = c.augment.crop
+  for name in ("stages", "test"):
+    c.evals[name].tile = c.augment.crop
   c.objective.update(
-      classes=10, labels="label", ordinal=False, balance_classes=False, transition_weight=0.0,
-      head=dict(pool="cls", hidden=0, dropout=0.0),
+      classes=10, labels="label", ordinal=False, balance_classes=False,
+      transition_weight=0.0, head=dict(pool="cls", hidden=0, dropout=0.0),
   )
   c.optimizer.update(
       learning_rate=5e-5, learning_rate_batch=8, final_fraction=1e-7 / 5e-5,
@@ -143,6 +158,7 @@ def sample(c: ml_collections.ConfigDict) -> None:
   c.train.total_steps = 800
   # The last step is what is reported, so that nothing is chosen on the test embryos.
   c.train.best_metric = ""
+  del c.evals.test
   c.evals.stages.update(split="test", every_steps=400)
   c.evals.attention.every_steps = 800
 

@@ -39,7 +39,8 @@ def test_balanced_weights_come_from_the_training_labels(cache):
   weights = experiment.objective.class_weights
   ids = experiment.data.splits["train"].stage_ids
   counts = np.bincount(ids[ids >= 0], minlength=8)
-  assert len(weights) == 8 and np.mean(weights) == pytest.approx(1.0)
+  assert len(weights) == 8
+  assert (weights * counts).sum() / counts.sum() == pytest.approx(1.0)
   np.testing.assert_allclose(
       weights, classify.balanced_weights(counts), rtol=1e-9
   )
@@ -52,12 +53,21 @@ def test_balanced_weights_come_from_the_training_labels(cache):
   assert experiment.options.best_metric == "stages.accuracy"
 
 
-def test_weights_that_are_given_stay(cache):
+def test_weights_that_are_given_keep_their_ratios(cache):
   weights = (1.0,) * 7 + (2.0,)
   experiment = built(changed(
       objective__class_weights=weights, objective__balance_classes=False
   ))
-  assert experiment.objective.class_weights == weights
+  found = np.array(experiment.objective.class_weights)
+  np.testing.assert_allclose(found / found[0], weights)
+  ids = experiment.data.splits["train"].stage_ids
+  assert found[ids[ids >= 0]].mean() == pytest.approx(1.0)
+
+
+def test_training_embryos_without_any_stage_are_refused(cache):
+  config = changed(data__stages__table="none.tsv")
+  with pytest.raises(config_lib.ConfigError, match="data.stages: no training recording"):
+    built(config)
 
 
 @pytest.mark.parametrize("arm", ["tiny,scratch", "tiny,frozen"])
@@ -78,6 +88,10 @@ def test_a_diagnosis_is_built_from_labels_of_volumes(cache):
       experiment.objective.class_weights, classify.balanced_weights(counts)
   )
   with config.unlocked():
+    config.data.split_column = "split"
+  with pytest.raises(config_lib.ConfigError, match="data.label: no training recording"):
+    built(config)
+  with config.unlocked():
     config.objective.classes = 3
   with pytest.raises(config_lib.ConfigError, match="labels of the data are 4"):
     built(config)
@@ -89,6 +103,9 @@ def diagnosis():
     config.objective = dict(
         name="classify", classes=4, labels="label", balance_classes=True
     )
+    # The corpus's own split "train" has no labels.
+    config.data.split_column = ""
+    config.data.splits = dict(train=0.7, validation=0.3)
     config.train.best_metric = ""
     config.evals = {}
   return config
@@ -113,9 +130,19 @@ def diagnosis():
     ),
     (
         dict(objective__labels="label", objective__head__pool="cls",
-             objective__transition_weight=0.0),
+             objective__transition_weight=0.0, data__clip__eval_step=1),
         ["'cls' without model.class_token"],
     ),
+    (
+        dict(data__stages__sources=("answers",)),
+        ["train.best_metric: 'stages.accuracy'", "stages.answers_accuracy"],
+    ),
+    (
+        dict(objective__labels="label", objective__transition_weight=0.0),
+        ["objective.labels: 'label'", "data.clip.eval_step=1"],
+    ),
+    (dict(train__mesh_sequence=3), ["train.mesh_sequence: 3 devices cannot share 4"]),
+    (dict(data__percentiles=(0.5,)), ["data.percentiles: (0.5,)"]),
     (dict(optimizer__freeze=("^encoder/",)), ["optimizer.freeze and", "both or neither"]),
     (dict(optimizer__freeze_steps=3), ["optimizer.freeze and", "both or neither"]),
     (dict(optimizer__layer_decay=0.0), ["optimizer.layer_decay: 0.0 is not in (0, 1]"]),

@@ -192,7 +192,8 @@ def train(
     profile: steps to trace, of `watch.profile_span`; None: as the config says.
 
   Raises:
-    ConfigError: if the workdir holds a run of another config.
+    ConfigError: if the workdir holds a run of another config, or there is nothing to
+      start from where the config counts on it.
     DataError: if the data cannot be used.
     ReadError: if the manifest itself cannot be fetched.
     CheckpointError: if the last checkpoint is damaged or does not fit.
@@ -202,6 +203,7 @@ def train(
   plain = config_lib.as_plain(config)
   workdir = workdir_lib.open_path(workdir)
   check_continuation(workdir, plain)
+  _check_start(plain)
   first = jax.process_index() == 0
   if first:  # Before the data are read: an unwritable workdir is told at once.
     _write_json(workdir / "config.json", plain)
@@ -251,6 +253,32 @@ def train(
     report = summary.write_report(workdir, metrics.read(workdir))
     print(summary.format_report(report))
     print(f"figures, report and checkpoints are in {workdir}")
+
+
+def _check_start(plain: Mapping[str, Any]) -> None:
+  """Checks what can be told of `train.start_from` before the data are read.
+
+  Raises:
+    ConfigError: if it is empty where the encoder is spared, or holds no run.
+  """
+  source, optimizer = plain["train"].get("start_from"), plain["optimizer"]
+  if source is None:
+    return
+  fault = ""
+  spared = optimizer.get("layer_decay", 1.0) != 1.0 or any(
+      pattern.startswith("^encoder") for pattern in optimizer.get("frozen") or ()
+  )
+  if not source and spared:
+    fault = (
+        "empty, but optimizer.layer_decay or .frozen spares an encoder that has learned "
+        "something; name the workdir of a run, or take the arm 'scratch'"
+    )
+  elif source and workdir_lib.read_bytes(
+      workdir_lib.open_path(source) / "config.json"
+  ) is None:
+    fault = f"{source} holds no config.json; it is no run's workdir"
+  if fault:
+    raise config_lib.ConfigError(plain["name"], [f"train.start_from: {fault}"])
 
 
 def _start(plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -124,6 +124,12 @@ def test_a_folder_that_is_no_run_is_refused(run, tmp_path):
   )
   assert done.returncode == 2, done.stdout + done.stderr
   assert "train.start_from" in done.stderr and "config.json" in done.stderr
+
+
+def test_an_encoder_that_is_spared_must_come_from_somewhere(run, tmp_path):
+  done = run(STAGES, tmp_path / "run")
+  assert done.returncode == 2
+  assert "train.start_from: empty" in done.stderr and "'scratch'" in done.stderr
   assert "Traceback" not in done.stderr
 
 

@@ -229,14 +229,23 @@ def test_a_single_embryo_has_no_interval(open_embryos, embryo_corpus, tmp_path):
   assert "stages.accuracy.low" not in found
 
 
-def test_an_unknown_time_step_is_refused_by_the_embryo_s_name(
-    open_embryos, embryo_corpus, tmp_path
+def test_of_an_unknown_time_step_stages_are_judged_and_transitions_are_not(
+    open_embryos, embryo_corpus, tmp_path, caplog
 ):
   home = shutil.copytree(embryo_corpus.parent, tmp_path / "untimed")
   table = (home / "manifest.tsv").read_text().replace("\t60\t", "\t\t")
   (home / "manifest.tsv").write_text(table)
-  with pytest.raises(ValueError, match="phantom_diSPIM_5 is not known.*time_step_s"):
-    run(telling(), open_embryos(home / "manifest.tsv"))
+  found = run(telling(), open_embryos(home / "manifest.tsv"), figures=True)
+  assert found["stages.accuracy"] == 1.0 and "stages.confusion" in found
+  assert "phantom_diSPIM_5 is not known" in caplog.text and "time_step_s" in caplog.text
+  for name in ("impossible_raw", "decoded_accuracy", "boundaries_missed", "timeline"):
+    assert f"stages.{name}" not in found, name
+
+
+def test_a_second_split_has_names_of_its_own(data):
+  found = run(telling(), data, prefix="test", figures=True)
+  assert found["test.accuracy"] == 1.0
+  assert all(name.startswith("test.") for name in found)
 
 
 def test_what_it_cannot_answer_is_refused_at_the_start(data, make_data, open_embryos):

@@ -467,10 +467,10 @@ def test_order_pairs_are_drawn_anew_and_from_the_rows_own_key():
   np.testing.assert_allclose(of(0), of(0, apart), rtol=1e-5)
 
 
-def test_a_heavier_class_costs_more_and_the_scale_of_weights_says_nothing():
+def test_a_heavier_class_costs_more():
   c = case("volume")
   labels = jnp.asarray([0, 1, 1, 1])
-  weighted = c.variant(class_weights=(12, 2, 2, 2, 2))
+  weighted = c.variant(class_weights=(3, 0.5, 0.5, 0.5, 0.5))
   entropy = np.asarray(
       optax.softmax_cross_entropy_with_integer_labels(c.logits(), labels)
   )
@@ -480,11 +480,19 @@ def test_a_heavier_class_costs_more_and_the_scale_of_weights_says_nothing():
 
 
 def test_balanced_weights_are_inverse_to_the_counts_and_finite_at_none():
-  found = classify.balanced_weights([10, 0, 5, 1])
-  assert np.mean(found) == pytest.approx(1.0)
+  counts = np.array([10, 0, 5, 1])
+  found = np.array(classify.balanced_weights(counts))
   assert found[2] == pytest.approx(2 * found[0]) and found[3] == pytest.approx(10 * found[0])
-  assert found[1] == pytest.approx(np.mean([found[0], found[2], found[3]]))
-  assert classify.balanced_weights([0, 0]) == (1.0, 1.0)
+  assert found[1] == 1.0 and classify.balanced_weights([0, 0]) == (1.0, 1.0)
+  # A label weighs 1 in the mean: losses over time keep their share.
+  assert (found * counts).sum() / counts.sum() == pytest.approx(1.0)
+
+
+def test_weights_of_any_scale_become_those_of_mean_1_over_the_labels():
+  counts = [2, 6, 0]
+  for scale in (0.1, 1.0, 30.0):
+    found = classify.scaled_weights([3 * scale, scale, scale], counts)
+    np.testing.assert_allclose(found, [2.0, 2 / 3, 1.0])
 
 
 @pytest.mark.parametrize("options", [

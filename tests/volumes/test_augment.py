@@ -99,6 +99,13 @@ def test_zscore_has_mean_0_and_std_1_and_unit_lies_in_0_to_1():
   np.testing.assert_allclose(flat.max(1), 1, rtol=1e-6)
 
 
+def test_the_range_of_the_stored_type_is_alike_for_all():
+  batch = _batch(2, dtype=np.uint8)
+  batch["volume"][0] //= 2
+  out = _run(batch, normalize="range", train=False)["volume"]
+  np.testing.assert_allclose(out, batch["volume"] / 255, rtol=1e-6)
+
+
 def test_a_constant_volume_stays_finite():
   batch = _batch()
   batch["volume"][:] = 7

@@ -63,6 +63,8 @@ def main(argv: list[str]) -> None:
   jax.config.update("jax_platforms", "cpu")
   given, begin = flags.FLAGS, time.process_time()
   plain, slice_ = config_lib.as_plain(given.config), topology.describe(given.topology)
+  if not plain["data"].get("clip"):
+    raise app.UsageError("--config has no data.clip; it is not of movies")
   found, patch = longest(plain, slice_), plain["model"]["patch"][0]
   frames = (found.largest or 0) * patch
   common.emit(common.line(

@@ -105,6 +105,8 @@ def main(argv: list[str]) -> None:
   if given.topology:
     jax.config.update("jax_platforms", "cpu")
   plain = config_lib.as_plain(given.config)
+  if not plain["objective"].get("masks"):
+    raise app.UsageError("--config has no objective.masks; it hides nothing")
   keeps = [float(keep) for keep in given.keep]
   plains = [showing(plain, keep) for keep in keeps]
   about = {

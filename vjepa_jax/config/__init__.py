@@ -102,7 +102,7 @@ def build(
   options = _loop_options(plain, grid, evaluators, **steps)
   if train.get("best_metric") and options.best_metric is None:
     say(
-        "data.label is empty: no probe, so no checkpoint is the best by "
+        f"data.{'stages' if plain['data'].get('clip') else 'label'} is empty: no probe, so no checkpoint is the best by "
         f"{train['best_metric']}; the last {options.keep} are kept"
     )
   return Experiment(
@@ -134,14 +134,27 @@ def _with_counted_labels(
         f"objective.classes: {options['classes']}, but the labels of the data are "
         f"{len(train.labels)}: {', '.join(train.labels)}"
     )
-  if not options.get("balance_classes"):
-    return plain
   by_frame = options.get("labels", "label") == "frame_label"
   labels = train.stage_ids if by_frame else train.label_ids
   counts = np.bincount(labels[labels >= 0], minlength=options["classes"])
-  weights = names.module_of("objective", options["name"]).balanced_weights(counts)
+  if not counts.sum():
+    where = "data.stages" if by_frame or plain["data"].get("stages") else "data.label"
+    raise ValueError(
+        f"{where}: no training recording has a label, so that nothing can be learned; "
+        "data_report.json counts what was dropped"
+    )
+  module, weights = names.module_of("objective", options["name"]), ()
+  if options.get("balance_classes"):
+    weights = module.balanced_weights(counts)
+  elif options.get("class_weights"):
+    weights = module.scaled_weights(options["class_weights"], counts)
   counted = {"class_weights": weights, "balance_classes": False}
   return plain | {"objective": options | counted}
+
+
+def _says(options: Mapping[str, Any]) -> str:
+  """Returns what the numbers of an evaluator begin with."""
+  return options.get("prefix") or options["type"]
 
 
 def _lengths(train: Mapping[str, Any], data: pipeline.Data) -> dict[str, int]:
@@ -153,13 +166,16 @@ def _lengths(train: Mapping[str, Any], data: pipeline.Data) -> dict[str, int]:
 
 
 def _loop_options(plain, grid, evaluators, **steps) -> loop.LoopOptions:
-  own = ("steps_per_epoch", "total_epochs", "start_from", *(f"mesh_{a}" for a in sharding.AXES))
+  own = (
+      "steps_per_epoch", "total_epochs", "start_from",
+      *(f"mesh_{a}" for a in sharding.AXES),
+  )
   section = {k: v for k, v in plain["train"].items() if k not in own}
   section = in_steps(section, names.parameters(loop.LoopOptions), **steps)
   section["total_steps"] = steps["total_steps"]
   best = section.get("best_metric") or None
   # Without labels there is no probe, and then nothing to choose the best by.
-  given = {plain["evals"][name]["type"] for name in evaluators}
+  given = {_says(plain["evals"][name]) for name in evaluators}
   if best and best.split(".")[0] not in given:
     best = None
   wandb = units.filled_in(plain.get("wandb", {}))
@@ -180,6 +196,8 @@ def _build_evaluators(plain, functions, data, **steps):
     unit = names.resolve("evals", options["type"])
     labelled = plain["data"].get("label") or plain["data"].get("stages")
     if getattr(unit, "needs_labels", False) and not labelled:
+      continue
+    if options.get("split") == "":
       continue
     options = in_steps(
         options, [*names.parameters(unit), "every_steps"], **steps

@@ -356,10 +356,10 @@ def _clip_faults(data: Mapping[str, Any]) -> list[str]:
         f"data.clip.time_blocks: {clip['time_blocks']} beside data.split_column "
         f"{data['split_column']!r}; time is shared out by data.splits alone"
     )
-  low, high = data.get("percentiles", (0.5, 99.8))[:2]
-  if not 0 <= low < high <= 100:
+  ends = tuple(data.get("percentiles", (0.5, 99.8)))
+  if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 100:
     faults.append(
-        f"data.percentiles: {(low, high)} must be two numbers that rise within 0 .. 100"
+        f"data.percentiles: {ends} must be two numbers that rise within 0 .. 100"
     )
   return faults
 
@@ -536,19 +536,21 @@ def _evaluation_faults(
   """Splits and batches of evaluators; metrics that no evaluator gives."""
   evals, train, faults = plain["evals"], plain["train"], []
   splits = _split_names(plain["data"])
+  # Rows go over data x fsdp; the others share a row.
+  rows_over = max((device_count or 1) // max(train.get("mesh_sequence", 1), 1), 1)
   for name, given in evals.items():
     parameters = inspect.signature(names.resolve("evals", given["type"])).parameters
     options = {k: p.default for k, p in parameters.items()} | given
-    split, rows = options.get("split"), options.get("batch_size", device_count or 1)
+    split, rows = options.get("split"), options.get("batch_size", rows_over)
     if split and splits is not None and split not in splits:
       faults.append(
           f"evals.{name}.split: {split!r} is no split of the data; they have "
           + ", ".join(splits)
       )
-    if rows < 1 or rows % (device_count or 1):
+    if rows < 1 or rows % rows_over:
       faults.append(
           f"evals.{name}.batch_size: {rows} must be a positive multiple of the "
-          f"{device_count or 'number of'} device(s)"
+          f"{rows_over if device_count else 'number of'} device(s)"
       )
     tile, crop = options.get("tile"), plain["augment"].get("crop")
     if tile and tuple(tile) != tuple(crop or ()):
@@ -556,7 +558,10 @@ def _evaluation_faults(
           f"evals.{name}.tile: {tuple(tile)} is not augment.crop {crop}; the model sees "
           "volumes of one size"
       )
-  types = sorted({options["type"] for options in evals.values()})
+  types = sorted({
+      options.get("prefix") or options["type"] for options in evals.values()
+  })
+  answered = set((plain["data"].get("stages") or {}).get("sources", ())) == {"answers"}
   for key, known in (
       ("best_metric", types), ("early_stop_metric", [*types, "validation"])
   ):
@@ -564,6 +569,19 @@ def _evaluation_faults(
     kind = metric.split(".")[0]
     if not metric or (key == "best_metric" and kind in ("loss", "validation")):
       continue  # the latter is refused for another reason
+    of_stages = any(
+        options["type"] in ("stages", "stage_probe")
+        and kind == (options.get("prefix") or options["type"])
+        for options in evals.values()
+    )
+    if answered and of_stages and not metric.split(".", 1)[-1].startswith(
+        ("answers_", "kappa_answers", "impossible_", "time_")
+    ):
+      own = metric.split(".", 1)[-1]
+      faults.append(
+          f"train.{key}: {metric!r} needs a truth, and data.stages.sources are answers "
+          f"alone; name {kind}.answers_{own}, agreement with them"
+      )
     if kind not in known:
       faults.append(
           f"train.{key}: {metric!r} comes from no evaluator of evals; they give "
@@ -603,6 +621,15 @@ def _label_faults(plain: Mapping[str, Any]) -> list[str]:
       "time points of a clip, give it two or more"
       for name in module.OVER_TIME if options.get(name) and frames == 1
   ]
+  clip = data.get("clip") or {}
+  if frames > 1 and options.get("labels", "label") == "label" and (
+      data.get("stages") and clip.get("eval_step", 0) != 1
+  ):
+    alone.append(
+        f"objective.labels: 'label' is of the middle of {frames} time points, and of "
+        "the fewest clips that show all; set data.clip.eval_step=1, or labels "
+        "'frame_label'"
+    )
   return alone + _class_faults(options, data)
 
 
@@ -647,6 +674,7 @@ def _training_faults(
     )
   elif batch >= 1 and accum >= 1:
     faults += _mesh_faults(train, batch // accum, device_count)
+  faults += _sharing_faults(plain)
   if train.get("start_from") and plain["objective"].get("name") == "vjepa":
     faults.append(
         f"train.start_from: {train['start_from']!r} with objective 'vjepa', whose "
@@ -660,6 +688,21 @@ def _training_faults(
         "number such as 'probe.accuracy', or '' for none"
     )
   return faults
+
+
+def _sharing_faults(plain: Mapping[str, Any]) -> list[str]:
+  """Time points of a clip that devices cannot share evenly."""
+  shares = plain["train"].get("mesh_sequence", 1)
+  try:
+    grid, model = units.model_grid(plain), units.build_model(plain)
+  except ValueError:  # reported as a fault of the geometry or the model
+    return []
+  if getattr(model, "space_time", "joint") == "joint" or shares < 1:
+    return []
+  return [
+      f"train.mesh_sequence: {shares} devices cannot share {grid.dims[0]} time points "
+      "of a clip evenly; give a divisor"
+  ] if grid.dims[0] % shares else []
 
 
 def _mesh_faults(

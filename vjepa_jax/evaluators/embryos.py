@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 from typing import Any
 
+from absl import logging
 import numpy as np
 
 from vjepa_jax.data import clips as clips_lib
@@ -231,16 +232,16 @@ def sequences(
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Yields each movie's name and its time points that were seen, int [t], in order.
 
-  Raises:
-    ValueError: if the minutes of one are not known.
+  A movie whose time step is not known is passed over with a warning: nobody can say
+  how far an embryo may develop within it.
   """
   for movie, name in enumerate(points.movies):
     at = np.flatnonzero((points.movie == movie) & found.seen)
     if not (np.diff(found.minutes[at]) > 0).all():
-      raise ValueError(
-          f"{place}: the time step of {name} is not known, so that nobody can say how "
-          "far an embryo may develop within it; give the manifest a column "
-          "time_step_s, or data.reader.time_step_s"
+      logging.warning(
+          "%s: the time step of %s is not known, so that its transitions are not "
+          "judged; give the manifest a column time_step_s, or data.reader.time_step_s",
+          place, name,
       )
-    if at.size:
+    elif at.size:
       yield name, at

@@ -79,7 +79,7 @@ class Evaluator:
   them, in pairs for the differences); and of all labelled embryos
     stage_probe.balanced_accuracy, .off_by_one, .chance (share of the commonest stage);
     stage_probe.impossible_raw, .impossible_raw_rate: transitions of the guesses, over
-      all time points;
+      all time points of movies whose time step is known;
     stage_probe.silhouette (by stage; left out where there is one stage only),
       .time_correlation (of the first principal component): of the features;
     stage_probe.absent: tested stages that no labelled embryo shows, whose time points
@@ -289,6 +289,8 @@ class Evaluator:
   def _of_time(self, raw, test):
     points = self._test.points
     movies = dict(embryos_lib.sequences(points, test, self._test.place))
+    if not movies:
+      return
     transitions = metrics.impossible_transitions(
         {name: raw[at] for name, at in movies.items()},
         {name: test.minutes[at] for name, at in movies.items()},
@@ -297,7 +299,7 @@ class Evaluator:
     yield "stage_probe.impossible_raw", float(transitions.count)
     if transitions.total:
       yield "stage_probe.impossible_raw_rate", transitions.rate
-    seen = test.seen
+    seen = np.sort(np.concatenate(list(movies.values())))
     features = _standardised(test.values[seen], test.values[seen])
     yield "stage_probe.time_correlation", metrics.time_correlation(
         features, test.minutes[seen], points.movie[seen]

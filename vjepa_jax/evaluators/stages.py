@@ -42,6 +42,7 @@ class Evaluator:
       beside the truth;
     stages.embryos: how many there are;
     stages.timeline, .confusion: figures.
+  Of movies whose time step nobody gave, nothing is decoded and no transition counted.
   Where no time point of the split has a truth and a model's answers are all there is,
   numbers against them are stages.answers_accuracy and so on, and nothing is drawn as
   the truth.
@@ -66,6 +67,7 @@ class Evaluator:
       figures: bool = True,
       drawn: int = 6,
       tile: Sequence[int] | None = None,
+      prefix: str = "stages",
   ):
     """Checks that the split can answer before anything is computed.
 
@@ -83,6 +85,8 @@ class Evaluator:
       drawn: embryos in the timeline.
       tile: (T, Z, Y, X) voxels of augment.crop: the mean over tiles of that size that
         cover a clip, in place of what its centre says.
+      prefix: of the names of numbers and figures, in place of "stages": for a second
+        split.
 
     Raises:
       KeyError: for an unknown split, or if functions lack "logits".
@@ -109,11 +113,16 @@ class Evaluator:
     self._batch_size, self._max_skip, self._bins = batch_size, max_skip, bins
     self._repeats, self._seed = bootstrap, seed
     self._figures, self._drawn, self._tile = figures, drawn, tuple(tile or ())
+    self._prefix = prefix
 
   def run(
       self, params: Any, model_state: Any
   ) -> Iterator[tuple[str, float | np.ndarray]]:
     """Yields the numbers and figures named above for these parameters."""
+    for name, value in self._all(params, model_state):
+      yield f"{self._prefix}.{name}", value
+
+  def _all(self, params, model_state):
     points, found = self._points, self._probabilities(params, model_state)
     guesses = np.where(found.seen, found.values.argmax(axis=1), metrics.UNKNOWN)
     decoded = np.full(len(points), metrics.UNKNOWN)
@@ -124,11 +133,12 @@ class Evaluator:
     prefix, judged = points.judged
     judged = np.where(found.seen, judged, metrics.UNKNOWN)
     for name, value in self._against(judged, found, guesses, decoded, movies):
-      yield f"stages.{prefix}{name}", value
+      yield f"{prefix}{name}", value
     if not prefix:
       yield from self._against_answers(guesses, found.seen)
-    yield from self._impossible(guesses, decoded, found.minutes, movies)
-    yield "stages.embryos", float(len(np.unique(points.embryos[found.seen])))
+    if movies:
+      yield from self._impossible(guesses, decoded, found.minutes, movies)
+    yield "embryos", float(len(np.unique(points.embryos[found.seen])))
     if self._figures:
       yield from self._drawings(found, guesses, decoded, movies)
 
@@ -166,7 +176,15 @@ class Evaluator:
       yield name, statistic(stages, own)
     yield "calibration_error", metrics.calibration_error(stages, p, bins=self._bins)
     yield "nll", metrics.nll(stages, p)
-    yield "decoded_accuracy", metrics.accuracy(stages, decoded[there])
+    if movies:
+      timed = there & (decoded != metrics.UNKNOWN)
+      if timed.any():
+        yield "decoded_accuracy", metrics.accuracy(judged[timed], decoded[timed])
+      yield from self._boundaries(judged, decoded, found, movies)
+    yield "chance", metrics.majority_share(stages)
+    yield "time_points", float(there.sum())
+
+  def _boundaries(self, judged, decoded, found, movies):
     boundaries = [
         metrics.transition_errors(judged[at], decoded[at], found.minutes[at])
         for at in movies.values()
@@ -175,13 +193,11 @@ class Evaluator:
     if errors.size:
       yield "transition_error_minutes", float(errors.mean())
     yield "boundaries_missed", float(sum(b.missed for b in boundaries))
-    yield "chance", metrics.majority_share(stages)
-    yield "time_points", float(there.sum())
 
   def _against_answers(self, guesses, seen):
     answers = np.where(seen, self._points.answers, metrics.UNKNOWN)
     if (answers != metrics.UNKNOWN).any():
-      yield "stages.kappa_answers", metrics.quadratic_kappa(answers, guesses)
+      yield "kappa_answers", metrics.quadratic_kappa(answers, guesses)
 
   def _impossible(self, guesses, decoded, minutes, movies):
     times = {name: minutes[at] for name, at in movies.items()}
@@ -191,10 +207,10 @@ class Evaluator:
             max_skip=self._max_skip,
         ) for path in (guesses, decoded)
     )
-    yield "stages.impossible_raw", float(raw.count)
+    yield "impossible_raw", float(raw.count)
     if raw.total:
-      yield "stages.impossible_raw_rate", raw.rate
-    yield "stages.impossible_decoded", float(repaired.count)
+      yield "impossible_raw_rate", raw.rate
+    yield "impossible_decoded", float(repaired.count)
 
   def _drawings(self, found, guesses, decoded, movies):
     classes, truth = self._volumes.labels, self._points.truth
@@ -203,8 +219,9 @@ class Evaluator:
             name, found.minutes[at], found.values[at], truth[at], decoded[at]
         ) for name, at in list(movies.items())[: self._drawn]
     ]
-    yield "stages.timeline", timelines.timeline(drawn, classes)
+    if drawn:
+      yield "timeline", timelines.timeline(drawn, classes)
     truth = np.where(found.seen, truth, metrics.UNKNOWN)
     if (truth != metrics.UNKNOWN).any():
       matrix = metrics.confusion(truth, guesses, len(classes))
-      yield "stages.confusion", timelines.confusion(matrix, classes)
+      yield "confusion", timelines.confusion(matrix, classes)

@@ -108,7 +108,9 @@ class Classify:
     head: attributes of `Head`, without classes and frames.
     label_smoothing: share of the target that the other classes get.
     ordinal: whether only the neighbouring stages get it.
-    class_weights: of the classes in the loss, of any scale; (): all alike.
+    class_weights: what a label of each class weighs in the cross entropy; (): 1.
+      `config.build` scales those of a config, so that their mean over the training
+      labels is 1 and the losses over time keep their weight.
     balance_classes: whether the weights are inverse to the classes' numbers among the
       training labels; `config.build` counts them and gives them as class_weights.
     transition_weight: of -log of the chance that two neighbouring time points make a
@@ -259,7 +261,6 @@ class Classify:
     if not len(self.class_weights):
       return entropy
     weights = jnp.asarray(self.class_weights, jnp.float32)
-    weights = weights / weights.mean()
     return entropy * weights[jnp.maximum(labels, 0)]
 
   def _over_time(self, params, logits, pooled, batch, key) -> dict[str, jax.Array]:
@@ -377,16 +378,29 @@ def smooth_loss(chances: jax.Array) -> jax.Array:
 
 
 def balanced_weights(counts: Sequence[int]) -> tuple[float, ...]:
-  """Returns weights in inverse proportion to the counts of the classes, of mean 1.
+  """Returns weights in inverse proportion to the counts of the classes.
 
-  A class that is never seen gets the mean of the others; its weight is never used.
+  Their mean over the labels is 1. A class that is never seen gets 1, which is never
+  used.
   """
   counts = np.asarray(counts, np.float64)
-  inverse = np.where(counts > 0, 1.0 / np.maximum(counts, 1), np.nan)
-  if np.isnan(inverse).all():
+  return scaled_weights(1.0 / np.maximum(counts, 1.0), counts)
+
+
+def scaled_weights(
+    weights: Sequence[float], counts: Sequence[int]
+) -> tuple[float, ...]:
+  """Returns the weights times what makes their mean over the labels 1.
+
+  Args:
+    weights: of the classes, above 0.
+    counts: labels of each class; a class without any gets 1.
+  """
+  weights, counts = np.asarray(weights, np.float64), np.asarray(counts, np.float64)
+  if not counts.sum():
     return (1.0,) * len(counts)
-  inverse = np.where(np.isnan(inverse), np.nanmean(inverse), inverse)
-  return tuple(float(w) for w in inverse / inverse.mean())
+  scaled = weights * counts.sum() / (weights * counts).sum()
+  return tuple(float(w) for w in np.where(counts > 0, scaled, 1.0))
 
 
 def objective_faults(

@@ -143,6 +143,11 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines += [f"{k:<26}{v['first']:>10.3f}{v['last']:>10.3f}" for k, v in found]
     if health["alarms"]:
       lines.append(f"COLLAPSE ALARM in {health['alarms']} evaluation(s)")
+  if ((report["data"] or {}).get("clips") or {}).get("time_blocks"):
+    lines += [
+        "", "The splits share the movies (data.clip.time_blocks): neighbours in time are "
+        "alike, so these numbers say little of other embryos.",
+    ]
   lines += _data_lines(report["data"] or {})
   if report["best"]:
     best = report["best"]

@@ -103,7 +103,8 @@ def with_parts(params: Any, parts: Mapping[str, Any]) -> Any:
   if faults:
     raise PartsError(
         f"what the run starts from does not fit its model: {'; '.join(faults)}; give "
-        "the model the options of that run"
+        "the model the options of that run (of learned positions: model.table_voxels, "
+        "the voxels that they were made for)"
     )
 
   def place(leaf: Any, like: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ from vjepa_jax.volumes.masks import sample_keys
 Batch = Mapping[str, jax.Array]
 Augment = Callable[..., dict[str, jax.Array]]
 
-NORMALIZATIONS = ("zscore", "unit", "none")
+NORMALIZATIONS = ("zscore", "unit", "range", "none")
 VIEWS = ("shared", "shared_geometry")
 NOISE_GENERATORS = ("threefry", "rbg")
 _PROBABILITIES = ("rot90", "noise_probability")
@@ -62,7 +62,8 @@ def make_augment(
 
   Args:
     normalize: "zscore" by the batch's stored `mean` and `std`; "unit" maps each
-      volume's own least and greatest voxel to 0 and 1; "none" only casts.
+      volume's own least and greatest voxel to 0 and 1; "range" the greatest number
+      that the stored integers can be to 1, alike for all; "none" only casts.
     crop: voxels (T, Z, Y, X) to cut out, at random in training, else the centre, or
       where the batch says by `crop_start` int32 [B, 4], the first voxel along each
       axis. None keeps the volume whole.
@@ -222,6 +223,8 @@ def _per_sample(values: jax.Array) -> jax.Array:
 
 
 def _normalize(volume: jax.Array, batch: Batch, how: str) -> jax.Array:
+  if how == "range" and jnp.issubdtype(volume.dtype, jnp.integer):
+    return volume.astype(jnp.float32) / jnp.iinfo(volume.dtype).max
   volume = volume.astype(jnp.float32)
   if how == "zscore":
     std = jnp.maximum(batch["std"].astype(jnp.float32), _EPSILON)
