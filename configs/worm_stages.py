@@ -27,8 +27,6 @@ Arms, joined by commas (`:full,scratch`):
   tiny     seconds; for the tests
 """
 
-from typing import Any
-
 import ml_collections
 from ml_collections.config_dict import placeholder
 
@@ -113,7 +111,7 @@ def stages(c: ml_collections.ConfigDict) -> None:
   )
 
 
-def judged(split: str, **more: str) -> dict[str, Any]:
+def judged(split: str, **more: str) -> dict[str, object]:
   """Returns the evaluator of stages of a split."""
   return dict(
       type="stages", split=split, every_steps=500, tile=placeholder(tuple),

@@ -260,7 +260,7 @@ def test_a_plain_folder_of_time_points_is_a_movie(tmp_path, where):
   (folder / "notes.txt").write_text("x")
   movie = clips.list_movie(Row(str(folder), "e"))
   assert list(movie.frames) == [2, 9, 10] and movie.missing == 6
-  assert movie.home == str(tmp_path / "embryo")
+  assert movie.homes == (str(tmp_path / "embryo"),)
   assert not [row for row in movie.frames.values() if "notes" in row.path]
 
 
@@ -276,6 +276,195 @@ def test_pictures_beside_the_time_points_are_passed_over(tmp_path):
   movie = clips.list_movie(Row(str(folder), "e"))
   assert list(movie.frames) == [0, 1] and movie.missing == 0
   assert all(row.path.endswith(".tif") for row in movie.frames.values())
+
+
+def test_of_an_embryo_s_folder_the_images_alone_are_time_points(write, tmp_path):
+  manifest = write([8, 8])
+  home = tmp_path / "nih-ls" / "emb_0"
+  (home / "mip").mkdir()
+  for t in (0, 1):
+    tifffile.imwrite(home / "mip" / f"emb_0_mip_{t}.tif", volume(0, t)[0])
+  tifffile.imwrite(home / "overview.tif", volume(0, 0)[0])
+  data = open_clips(manifest)
+  assert data.report["lost"] == {} and len(data.splits["train"]) == 5
+  movie = clips.list_movie(Row(f"{home}/", "e"))
+  assert list(movie.frames) == list(range(8)) and movie.homes == (str(home),)
+  for path in (home / "images").iterdir():
+    path.unlink()
+  with pytest.raises(ReadError, match="irregular_frames"):
+    clips.list_movie(Row(str(home), "e"))
+
+
+def test_a_stack_whose_axis_is_called_time_is_no_time_point_but_by_stated_axes(
+    write, tmp_path
+):
+  wanted = open_clips(write([8, 8])).splits["train"]
+  manifest = write([8, 8], home="fiji")
+  for n in (0, 1):
+    for t in range(8):
+      tifffile.imwrite(
+          tmp_path / "fiji" / f"emb_{n}" / "images" / f"emb_{n}_t{t:03d}.tif",
+          volume(n, t), imagej=True, metadata={"axes": "TYX"},
+      )
+  with pytest.raises(DataError, match="9 ambiguous_axes"):
+    open_clips(manifest)
+  lazy = open_clips(manifest, validate="lazy", cache="none").splits["train"]
+  with pytest.raises(ReadError, match="holds 4 of its own.*TYX.*axes=.ZYX.") as caught:
+    lazy[0]
+  assert caught.value.reason == "ambiguous_axes"
+  found = open_clips(manifest, reader=dict(axes="ZYX")).splits["train"]
+  assert found[1].volume.shape == (4, *SHAPE, 1)
+  np.testing.assert_array_equal(found[1].volume, wanted[1].volume)
+
+
+@pytest.fixture
+def write_files(tmp_path):
+  """Returns write_files(names, ...) -> manifest of movies in one TIFF each."""
+
+  def write_all(names, *, length=8, **how):
+    lines = ["participant_id\tfilepath\tspacing\ttime_step_s\tsplit"]
+    how = how or dict(metadata={"axes": "TZYX"})
+    for n, name in enumerate(names):
+      path = tmp_path / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      movie = np.stack([volume(n, t) for t in range(length)])
+      if how.get("metadata", ()) is None:
+        movie = movie[:, 0]
+      tifffile.imwrite(path, movie, photometric="minisblack", **how)
+      split = "validation" if n == len(names) - 1 else "train"
+      lines.append(f"emb_{n}\t{name}\t[0.002, 0.001, 0.001]\t60\t{split}")
+    manifest = tmp_path / "files.tsv"
+    manifest.write_text("\n".join(lines) + "\n")
+    return str(manifest)
+
+  return write_all
+
+
+def write_table(folder, stages):
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "stages.tsv").write_text(
+      "t\tstage\n" + "".join(f"{t}\t{stage}\n" for t, stage in enumerate(stages))
+  )
+
+
+TABLES = dict(taxonomy=("a", "b"), sources=("table",))
+
+
+def test_one_file_s_labels_lie_in_a_folder_of_its_name_or_beside_a_file_that_is_alone(
+    write_files, tmp_path
+):
+  manifest = write_files(["all/e0.tif", "all/e1.ome.tif", "own/e2.tif"])
+  write_table(tmp_path / "all" / "e0", "aaaaaaaa")
+  write_table(tmp_path / "all" / "e1", "bbbbbbbb")
+  write_table(tmp_path / "own", "abababab")
+  data = open_clips(manifest, stages=TABLES)
+  shown = {
+      row.participant: row.stages for volumes in data.splits.values()
+      for row in volumes.rows if row.start == 0
+  }
+  assert shown == {
+      "emb_0": tuple("aaaa"), "emb_1": tuple("bbbb"), "emb_2": tuple("abab"),
+  }
+
+
+@pytest.mark.parametrize("narrow", [
+    {}, dict(max_records=2), dict(exclude={"participant": ["emb_1"]}),
+    dict(train_participants=1),
+])
+def test_labels_that_two_movies_would_share_are_refused_and_both_are_named(
+    write_files, tmp_path, narrow
+):
+  manifest = write_files(["all/e0.tif", "own/e2.tif", "all/e1.tif", "own/e3.tif"])
+  write_table(tmp_path / "all", "aaaabbbb")
+  options = dict(stages=TABLES, splits=dict(train=0.5, validation=0.5))
+  with pytest.raises(DataError, match="all/stages.tsv.*all/e0.tif and .*all/e1.tif"):
+    open_clips(manifest, **options | narrow)
+  write_table(tmp_path / "all" / "e0", "aaaaaaaa")  # Of the other it may still not be.
+  with pytest.raises(DataError, match="folder NAME.*data.stages.table"):
+    open_clips(manifest, **options)
+  given = {"emb_0": str(tmp_path / "all" / "stages.tsv")}
+  data = open_clips(manifest, **options | dict(stages=TABLES | dict(table=given)))
+  assert data.report["stages"]["dropped"]["table: no file"] == 3
+
+
+def test_movies_of_two_sources_do_not_share_labels_either(write_files, tmp_path):
+  whole = write_files(["all/e0.tif", "all/e1.tif"])
+  write_table(tmp_path / "all", "aaaabbbb")
+  head, *lines = open(whole, encoding="utf-8").read().splitlines()
+  sources = {}
+  for name, line in zip("xy", lines, strict=True):
+    (tmp_path / f"{name}.tsv").write_text(f"{head}\n{line}\n")
+    sources[name] = dict(manifest=str(tmp_path / f"{name}.tsv"))
+  with pytest.raises(DataError, match="2 movies would share"):
+    pipeline.plan(sources=sources, splits="split", clip=dict(frames=4), stages=TABLES)
+
+
+def test_the_reader_s_options_hold_for_the_listing_and_a_row_s_own_win(
+    write_files, tmp_path
+):
+  manifest = write_files(["e0.tif", "e1.tif"], metadata={"axes": "ZCYX"})
+  with pytest.raises(DataError, match="shorter_than_clip"):
+    open_clips(manifest)
+  data = open_clips(manifest, reader=dict(axes="TZYX"))
+  assert len(data.splits["train"]) == 5
+  np.testing.assert_allclose(data.splits["train"][0].spacing[0], 60)
+  movie = clips.list_movie(Row(str(tmp_path / "e0.tif"), "e"), dict(axes="TZYX"))
+  assert len(movie.frames) == 8
+  row = Row(str(tmp_path / "e0.tif"), "e", axes="ZTYX")
+  assert len(clips.list_movie(row, dict(axes="TZYX")).frames) == 4
+
+
+def test_a_file_that_names_no_axes_is_lost_by_that_and_not_as_too_short(
+    write_files, caplog
+):
+  manifest = write_files(["e0.tif", "e1.tif"], metadata=None)
+  with pytest.raises(DataError, match="ambiguous_axes 2"):
+    open_clips(manifest)
+  assert "taken as ZYX it is one time point" in caplog.text
+  assert 'axes="TYX"' in caplog.text
+  data = open_clips(
+      manifest, reader=dict(axes="TYX"), canvas=(1, 8, 10),
+  )
+  assert len(data.splits["train"]) == 5
+  # One time point is as long as a clip of one.
+  assert len(open_clips(manifest, clip=dict(frames=1)).splits["train"]) == 1
+
+
+def test_training_participants_are_drawn_among_those_with_a_stage(write, tmp_path):
+  manifest = write([8] * 6)
+  for n in (0, 2, 3):
+    (tmp_path / "nih-ls" / f"emb_{n}" / "tracks" / "tracks.txt").unlink()
+  (tmp_path / "nih-ls" / "emb_1" / "tracks" / "tracks.txt").write_text("t\n99\n")
+  people = lambda **options: {
+      row.participant for row in open_clips(manifest, **options).splits["train"].rows
+  }
+  for seed in range(4):
+    options = dict(train_participants=1, seed=seed, stages=dict(taxonomy="count"))
+    assert people(**options) == {"emb_4"}
+  assert len({*map(str, (people(train_participants=1, seed=n) for n in range(4)))}) > 1
+  report = open_clips(manifest, **options).report
+  assert report["lost"] == {"train_participants": 4}
+  with pytest.raises(DataError, match="is 2, must be from 1 to the 1 .*known stage"):
+    open_clips(manifest, **options | dict(train_participants=2))
+
+
+def test_a_source_of_a_mixture_may_lack_a_split_but_not_all_of_them(write, tmp_path):
+  whole = write([8, 8, 8])
+  head, *lines = open(whole, encoding="utf-8").read().splitlines()
+  sources = {}
+  for name, own in (("x", lines[:1]), ("y", lines[1:])):
+    path = tmp_path / f"{name}.tsv"
+    path.write_text("\n".join([head, *own]) + "\n")
+    sources[name] = dict(manifest=str(path))
+  data = open_clips(None, sources=sources, stages=dict(taxonomy="count"))
+  assert len(data.splits["train"].rows) == 10
+  assert {row.source for row in data.splits["validation"].rows} == {"y"}
+  (tmp_path / "y.tsv").write_text("\n".join([head, lines[1]]) + "\n")
+  (tmp_path / "x.tsv").write_text(
+      "\n".join([head, lines[0], lines[2].replace("emb_2\tnih", "emb_9\tno")]) + "\n"
+  )
+  with pytest.raises(DataError, match="validation have no clip"):
+    open_clips(None, sources=sources)
 
 
 def test_stages_of_time_points_come_with_the_batch(write):

@@ -1,6 +1,8 @@
 """Phantom embryos: the layout of NIH-LS, stages that show and intensity that does not."""
 
 import csv
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -138,6 +140,22 @@ def test_a_second_call_writes_nothing_and_other_options_are_refused(corpus):
   assert before == {p: p.stat().st_mtime_ns for p in corpus.parent.rglob("*")}
   with pytest.raises(ValueError, match="other options"):
     phantom_embryos.write_embryo_corpus(corpus.parent, **SMALL | {"seed": 5})
+
+
+def test_tifffile_missing_names_the_extra_and_leaves_nothing(tmp_path):
+  script = (
+      "import sys; sys.modules['tifffile'] = None\n"
+      "from vjepa_jax.data import ReadError, phantom_embryos\n"
+      "try: phantom_embryos.write_embryo_corpus(sys.argv[1])\n"
+      "except ReadError as e: print(e.reason, e)"
+  )
+  done = subprocess.run(
+      [sys.executable, "-c", script, str(tmp_path / "c")], capture_output=True,
+      text=True, check=True,
+  )
+  for word in ("missing_extra", "tifffile", "vjepa_jax[formats]", str(tmp_path / "c")):
+    assert word in done.stdout
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("options", [

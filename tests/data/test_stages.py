@@ -49,6 +49,10 @@ RULED_OUT = (
     ("## 1. Developmental Stage - 14 cells", "~14-cell"),
     ("## 1. Developmental Stage: ~90-cell (104 cells tracked)", "~90-cell"),
     ("## 1. Developmental Stage: four-cell", "4-cell"),
+    ("## 1. Developmental Stage: 2\u2010cell", "2-cell"),
+    ("## 1. Developmental Stage: **~90\u2011cell** (104 cells)", "~90-cell"),
+    ("## 1. Developmental Stage: Two\u2212cell stage", "2-cell"),
+    ("## 1. Developmental Stage \u2011 1.5\u2011fold", "1.5-fold"),
     ("# Developmental Stage Analysis\n\n## 1. Developmental Stage: **~90-cell**",
      "~90-cell"),
     ("# Developmental Stage Analysis\n1. **Developmental Stage**: 2-fold", "2-fold"),
@@ -64,6 +68,7 @@ def test_a_header_of_any_form_gives_its_stage_and_nothing_below_it(header, stage
     ("## 1. Developmental Stage: 1.5-2-fold", "ambiguous"),
     ("## 1. Developmental Stage: ~44 to ~90-cell", "ambiguous"),
     ("## 1. Developmental Stage: 2\u20134 cells", "ambiguous"),
+    ("## 1. Developmental Stage: 2\u20114 cells", "ambiguous"),
     ("## 1. Developmental Stage: not 2-cell", "ambiguous"),
     ("## 1. Developmental Stage: comma or later", "ambiguous"),
     ("## 1. Developmental Stage: beyond ~350-cell", "ambiguous"),
@@ -276,8 +281,44 @@ def test_a_file_that_is_not_there_is_counted_and_another_embryo_s_is_not_taken(t
   assert stages.stages_of(options, str(tmp_path / "a"), "a", [0])[0] == {0: "comma"}
   found, losses = stages.stages_of(options, str(tmp_path / "b"), "b", [0])
   assert not found and losses == {"answers: no file": 1, "no stage": 1}
-  options = StageOptions(sources=("answers",), answers=str(path))
-  assert not stages.stages_of(options, str(tmp_path / "b"), "b", [0])[0]
+
+
+@pytest.mark.parametrize("source, option, name", [
+    ("counts", "tracks", "x.txt"), ("answers", "answers", "x.json"),
+    ("table", "table", "x.tsv"),
+])
+def test_each_file_of_labels_may_be_given_by_participant_and_by_no_other_absolute_path(
+    tmp_path, source, option, name
+):
+  path = tmp_path / "elsewhere" / name
+  path.parent.mkdir()
+  path.write_text({
+      "counts": "t\n0\n0\n", "table": "t\tstage\n0\t2-cell\n",
+      "answers": json.dumps([entry(0, "## Developmental Stage: 2-cell")]),
+  }[source])
+  options = StageOptions(sources=(source,), **{option: {"a": str(path)}})
+  assert stages.stages_of(options, str(tmp_path), "a", [0])[0] == {0: "2-cell"}
+  _, losses = stages.stages_of(options, str(tmp_path), "b", [0])
+  assert losses == {f"{source}: no file": 1, "no stage": 1}
+  for given in (str(path), f"gs://bucket/{name}", f"~/{name}", {"a": 3}, {"a": ""}):
+    (fault,) = stages.stage_option_faults({option: given})
+    assert option in fault and "{participant: path}" in fault
+    with pytest.raises(ValueError, match="participant: path"):
+      StageOptions(**{option: given})
+
+
+def test_a_file_above_several_embryos_is_refused_and_both_are_named(tmp_path):
+  (tmp_path / "stages.tsv").write_text("t\tstage\n0\t2-cell\n")
+  options = StageOptions(sources=("table",), table="../stages.tsv")
+  homes = {name: [str(tmp_path / name)] for name in ("a", "b")}
+  for home in homes:
+    (tmp_path / home).mkdir()
+  sharers = stages.sharers_of(options, homes)
+  with pytest.raises(DataError, match="stages.tsv.*a and b"):
+    stages.by_source(options, homes["a"], "a", [0], sharers=sharers)
+  alone = stages.sharers_of(options, {"a": homes["a"]})
+  told, _ = stages.by_source(options, homes["a"], "a", [0], sharers=alone)
+  assert told == {"table": {0: "2-cell"}}
 
 
 @pytest.mark.parametrize("text, found, losses", [

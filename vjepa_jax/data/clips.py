@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import dataclasses
 import itertools
 import math
+import re
 from typing import Any
 
 from absl import logging
@@ -30,6 +31,7 @@ from vjepa_jax.data.record import DataError, ReadError, Record
 # Time points that set a movie's range of values, evenly over it.
 _WINDOW_FRAMES = 9
 _IMAGES = "images"
+_TIFF = re.compile(r"(\.ome)?\.(tiff?|btf)$", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,15 +137,17 @@ class Movie:
 
   Attributes:
     row: of the manifest.
-    home: the embryo's folder, where tracks and labels lie.
+    homes: the embryo's folders, where labels lie, as of `homes_of`.
     frames: {number: row of the time point}, in order.
     step: from one number to the next, where none is missing.
+    assumed: axes of its one file, where neither that nor anyone else names them; "".
   """
 
   row: Row
-  home: str
+  homes: tuple[str, ...]
   frames: Mapping[int, Row]
   step: int
+  assumed: str = ""
 
   @property
   def missing(self) -> int:
@@ -176,29 +180,42 @@ def max_start(length: int, frames: int, stride: int) -> int:
   return length - (frames - 1) * stride - 1
 
 
-def list_movie(row: Row) -> Movie:
+def homes_of(path: str) -> tuple[str, ...]:
+  """Returns the folders where a movie's labels may lie, in the order of asking.
+
+  Of a folder of time points: itself, or the one that its folder `images` is in. Of
+  one TIFF, `FOLDER/NAME.tif`: `FOLDER/NAME`, then `FOLDER`, whose labels count where
+  no other movie of the manifest may have them.
+
+  Args:
+    path: of the manifest.
+  """
+  home = path.rstrip("/")
+  name = _TIFF.sub("", home)
+  if name != home:
+    return name, storage.parent(home)
+  return (storage.parent(home) if storage.basename(home) == _IMAGES else home,)
+
+
+def list_movie(row: Row, reader: Mapping[str, Any] | None = None) -> Movie:
   """Lists the time points of a row; no voxel is read.
 
   Args:
-    row: a folder of one TIFF a time point, or one with such a folder `images` in it,
-      or a TIFF with an axis T.
+    row: a folder of one TIFF a time point, or one with such a folder `images` in it
+      (what lies beside that is passed over), or a TIFF with an axis T.
+    reader: further fields of `ReadOptions`; what the row states wins.
 
   Raises:
     ReadError: missing_file, empty_file (no time point), irregular_frames (the names
       number no time, or not evenly), or as a file's header.
   """
   if not storage.is_folder(row.path):
-    options = ReadOptions(**row.read_options())
-    count = tiff.count_frames(row.path, options)
-    frames = {n: dataclasses.replace(row, frame=n) for n in range(count)}
-    return Movie(row, storage.parent(row.path), _with_window(frames), 1)
-  home = row.path.rstrip("/")
-  if storage.basename(home) == _IMAGES:
-    home = storage.parent(home)
+    return _list_one_file(row, reader or {})
   names = [
-      n for n in time_points.volumes_of(storage.list_files(row.path))
-      if n.lower().endswith((".tif", ".tiff", ".btf"))
+      n for n in time_points.volumes_of(storage.list_files(row.path)) if _TIFF.search(n)
   ]
+  images = storage.join(row.path, _IMAGES) + "/"
+  names = [n for n in names if n.startswith(images)] or names
   if not names:
     raise ReadError(row.path, "empty_file", "no TIFF of a time point in this folder")
   found = time_points.number_of(row.path, names)
@@ -206,7 +223,20 @@ def list_movie(row: Row) -> Movie:
       number: dataclasses.replace(row, path=name, size=None, checksum="")
       for number, name in found.items()
   }
-  return Movie(row, home, _with_window(frames), _step_of(row.path, list(found)))
+  return Movie(
+      row, homes_of(row.path), _with_window(frames), _step_of(row.path, list(found))
+  )
+
+
+def _list_one_file(row: Row, reader: Mapping[str, Any]) -> Movie:
+  options = ReadOptions(**{**reader, **row.read_options()})
+  count = tiff.count_frames(row.path, options)
+  frames = {n: dataclasses.replace(row, frame=n) for n in range(count)}
+  axes, origin = tiff.movie_axes(row.path, options) if count == 1 else ("", "")
+  return Movie(
+      row, homes_of(row.path), _with_window(frames), 1,
+      axes if origin == "assumed" else "",
+  )
 
 
 def _step_of(path: str, numbers: Sequence[int]) -> int:
@@ -324,6 +354,8 @@ def cut(
     fractions: Mapping[str, float] | None = None,
     stages: stages_lib.StageOptions | None = None,
     train: str = "train",
+    reader: Mapping[str, Any] | None = None,
+    listed: Iterable[Row] | None = None,
 ) -> Cut:
   """Cuts the movies of all splits into clips.
 
@@ -333,18 +365,22 @@ def cut(
     fractions: {split: share} of the time, for `time_blocks`.
     stages: where the stages of the time points come from; None: there are none.
     train: the split whose clips start by `step`.
+    reader: further fields of `ReadOptions`; what a row states wins.
+    listed: rows that may have labels of their own, here or not; None: those of parts.
 
   Raises:
-    DataError: if a file of labels is no such file.
+    DataError: if a file of labels is no such file, or several movies would read it.
     ReadError: if a bucket cannot be reached.
   """
   names = list(fractions) if options.time_blocks else list(parts)
   found = Cut({n: [] for n in names}, {n: [] for n in names}, [], {}, {})
-  tally = _Tally(names, stages)
+  if listed is None:
+    listed = itertools.chain.from_iterable(parts.values())
+  tally = _Tally(names, stages, listed)
   for split, rows in parts.items():
     for row in rows:
       try:
-        movie = list_movie(row)
+        movie = _long_enough(list_movie(row, reader), options)
       except ReadError as error:
         if error.reason == "unreachable":
           raise
@@ -373,6 +409,19 @@ def cut(
   found.facts.update(tally.facts(options))
   found.stage_facts.update(tally.stage_facts(train))
   return found
+
+
+def _long_enough(movie: Movie, options: ClipOptions) -> Movie:
+  """Returns the movie; refuses one that is short because nobody named its axes."""
+  if movie.assumed and len(movie.frames) < options.span:
+    raise ReadError(
+        movie.row.path, "ambiguous_axes",
+        f"nobody names its axes: taken as {movie.assumed} it is one time point",
+        "write it with its axes (tifffile: metadata={\"axes\": \"TZYX\"}); where its "
+        "planes are time points, give axes=\"TYX\" in data.reader or in the manifest's "
+        "column axes",
+    )
+  return movie
 
 
 def _pieces(
@@ -417,9 +466,15 @@ def _clips_of(
 class _Tally:
   """What there is to say of movies, clips and stages."""
 
-  def __init__(self, splits: Sequence[str], stages: stages_lib.StageOptions | None):
+  def __init__(
+      self, splits: Sequence[str], stages: stages_lib.StageOptions | None,
+      listed: Iterable[Row],
+  ):
     self.missing = 0
     self._options = stages
+    self._sharers = stages_lib.sharers_of(
+        stages, {row.id: homes_of(row.path) for row in listed}
+    ) if stages else {}
     self._counts = {name: collections.Counter() for name in splits}
     self._shown = {name: collections.Counter() for name in splits}
     self._losses: stages_lib.Losses = collections.Counter()
@@ -430,7 +485,8 @@ class _Tally:
     if self._options is None:
       return None
     told, losses = stages_lib.by_source(
-        self._options, movie.home, movie.row.participant, list(movie.frames)
+        self._options, movie.homes, movie.row.participant, list(movie.frames),
+        sharers=self._sharers,
     )
     self._losses += losses
     fields = {"stages": stages_lib.joined(told.values())}
@@ -527,6 +583,11 @@ class Canvases:
     if isinstance(self._store, shards.Shards):
       return self._store[self._places[row.id]]
     return self._store.read(row)
+
+
+def with_stages(clips: Iterable[Clip]) -> set[str]:
+  """Returns the participants of whom a clip has a time point with a stage."""
+  return {clip.participant for clip in clips if any(clip.stages)}
 
 
 def without_bad(clips: Iterable[Clip], good: Collection[str]) -> list[Clip]:

@@ -75,10 +75,19 @@ class Transform:
         c if math.isnan(own) else own
         for c, own in zip(common, stated["manifest_spacing"], strict=True)
     )
-    return readers.read(row.path, **{
+    record = readers.read(row.path, **{
         "modalities": self.modalities, "colour": self.colour,
         "max_voxels": self.max_voxels, **reader, **stated,
     })
+    if row.window and len(record.volume) != 1:
+      # Fiji calls any stack whose meaning it was not told TYX.
+      raise ReadError(
+          row.path, "ambiguous_axes",
+          f"one time point of a movie, but it holds {len(record.volume)} of its own: "
+          f"its axes are {record.meta.get('axes') or 'not named'}",
+          "give axes=\"ZYX\" in data.reader or in the manifest's column axes",
+      )
+    return record
 
   def _to_canvas(self, row: Row, record: Record) -> Record:
     for op in self._ops:

@@ -5,7 +5,7 @@ and a participant is never on two sides of a split.
 """
 
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 import csv
 import dataclasses
 import difflib
@@ -120,6 +120,7 @@ class Manifest:
     lost: rows dropped, by reason.
     unexplained: the dropped rows that nobody asked to drop, each with its reason.
     total: rows of the table.
+    listed: what was there before the filters.
   """
 
   path: str
@@ -127,6 +128,7 @@ class Manifest:
   lost: Mapping[str, int]
   unexplained: tuple[tuple[Row, str], ...] = ()
   total: int = 0
+  listed: tuple[Row, ...] = ()
 
 
 def read_manifest(
@@ -199,7 +201,10 @@ def read_manifest(
     uids.add(uid)
     rows[row.id] = row
   kept = _filter(path, list(rows.values()), filters or {}, exclude or {}, lost)
-  return Manifest(path, tuple(kept), dict(lost), tuple(unexplained), len(table))
+  return Manifest(
+      path, tuple(kept), dict(lost), tuple(unexplained), len(table),
+      tuple(rows.values()),
+  )
 
 
 def is_explained(reason: str) -> bool:
@@ -268,7 +273,8 @@ def split_by_column(rows: Sequence[Row]) -> tuple[dict[str, list[Row]], int]:
 
 
 def some_participants(
-    rows: Sequence[Row], count: int, *, seed: int
+    rows: Sequence[Row], count: int, *, seed: int,
+    among: Collection[str] | None = None,
 ) -> tuple[list[Row], list[Row]]:
   """Parts the rows into those of a few drawn participants, and the others.
 
@@ -278,15 +284,19 @@ def some_participants(
     rows: the recordings.
     count: of the participants.
     seed: of the draw.
+    among: participants with labels, whom alone it draws; None: all.
 
   Raises:
     DataError: if there are fewer participants.
   """
   people = {row.participant for row in rows}
+  if among is not None:
+    people &= set(among)
   if not 1 <= count <= len(people):
+    of = "" if among is None else " that have a clip with a known stage"
     raise DataError(
         f"train_participants is {count}, must be from 1 to the {len(people)} "
-        "participants of the training split"
+        f"participants of the training split{of}"
     )
   chosen = set(_shuffled(people, seed)[:count])
   return (

@@ -14,11 +14,13 @@ import json
 import math
 import os
 import pathlib
+import types
 from typing import Any
 
 import numpy as np
 
 from vjepa_jax.data.phantoms import write_once
+from vjepa_jax.data.readers.base import missing_extra
 
 VERSION = 1
 STAGES = (
@@ -337,6 +339,7 @@ def write_embryo_corpus(
 
   Raises:
     ValueError: if the folder holds something else, or a number is out of range.
+    ReadError: missing_extra, without the extra `formats`.
   """
   embryos = dict(EMBRYOS if embryos is None else embryos)
   if not embryos or min(embryos.values()) < 0 or not sum(embryos.values()):
@@ -350,6 +353,7 @@ def write_embryo_corpus(
   }
 
   def write(draft: pathlib.Path) -> None:
+    _tifffile(pathlib.Path(folder))  # Before an embryo is drawn, which takes a while.
     _write(draft, embryos, frames, shape, seed)
 
   return write_once(pathlib.Path(folder), options, write)
@@ -375,11 +379,18 @@ def _write(folder, embryos, frames, shape, seed) -> None:
         })
 
 
+def _tifffile(folder: pathlib.Path) -> types.ModuleType:
+  try:
+    import tifffile
+  except ImportError as error:
+    raise missing_extra(str(folder), "formats", error) from error
+  return tifffile
+
+
 def _write_one(
     folder: pathlib.Path, name: str, movie: np.ndarray, truth: Truth
 ) -> None:
-  import tifffile
-
+  tifffile = _tifffile(folder)
   for part in ("images", "tracks"):
     (folder / part).mkdir(parents=True)
   for t, volume in enumerate(movie):

@@ -234,8 +234,9 @@ def open_data(
     filters: {field: values to keep}.
     exclude: {field: values to drop}; {"participant": [...]} drops people.
     max_records: only the first rows left by the filters.
-    train_participants: only so many people of the split "train", drawn by the seed;
-      other splits keep theirs. For curves over the number of labels.
+    train_participants: only so many people of the split "train", drawn by the seed,
+      with `stages` among those who have a clip with a known one; other splits keep
+      theirs. For curves over the number of labels.
     modalities: accepted DICOM modalities; None or (): any.
     colour: "reject" or "luminance".
     min_size: (Z, Y, X) a recording must have, such as one patch.
@@ -402,10 +403,28 @@ def plan(
     parts, missing = _by_time(joined, splits)
   else:
     parts, missing = _split(joined, splits, stratify, seed)
+  transforms = {
+      name: _transform(seed=seed, **{
+          k: v for k, v in {**common, **own}.items() if k in _TRANSFORM_KEYS
+      }) for name, own in named.items()
+  }
+  listed = [row for table in tables.values() for row in table.listed]
+
+  def cut(name: str, parts: Mapping[str, Sequence[Row]]) -> clips_lib.Cut:
+    return clips_lib.cut(
+        {k: [row for row in part if row.source == name] for k, part in parts.items()},
+        cutting, fractions=splits, stages=staging, listed=listed,
+        reader=dict(transforms[name].reader),
+    )
+
   unlearned = []
   if train_participants is not None:
+    learned, among = _learned_from(parts), None
+    if staging:
+      cuts = [cut(name, {"train": learned}) for name in named]
+      among = clips_lib.with_stages(clip for c in cuts for clip in c.clips["train"])
     parts["train"], unlearned = manifest_lib.some_participants(
-        _learned_from(parts), train_participants, seed=seed
+        learned, train_participants, seed=seed, among=among
     )
   planned = []
   for name, own in named.items():
@@ -415,29 +434,36 @@ def plan(
     few = sum(row.source == name for row in unlearned)
     if few:
       lost[name]["train_participants"] = few
-    given = {k: v for k, v in {**common, **own}.items() if k in _TRANSFORM_KEYS}
-    mine = {k: tuple(r for r in part if r.source == name) for k, part in parts.items()}
-    cut = clips_lib.cut(
-        mine, cutting, fractions=splits, stages=staging
-    ) if cutting else None
-    gone = cut.lost if cut else []
+    found = cut(name, parts) if cutting else None
+    gone = found.lost if found else []
     for _, reason in gone:
       lost[name][reason] = lost[name].get(reason, 0) + 1
     unexplained = (*tables[name].unexplained, *without, *gone)
     ledger_lib.check_lost(
         unexplained, tables[name].total, max_lost_fraction, tables[name].path
     )
-    if cut:
-      clips_lib.check_parts(cut.clips, cutting)
-      mine = {k: tuple(part) for k, part in cut.frames.items()}
+    mine = _own_parts(found.frames if found else parts, name)
     planned.append(Source(
-        name, tables[name].path, {k: part for k, part in mine.items() if part},
-        _transform(seed=seed, **given), own.get("weight", 1), lost[name],
-        unexplained, tables[name].total,
-        {k: tuple(part) for k, part in cut.clips.items()} if cut else None,
-        {"clips": cut.facts, "stages": cut.stage_facts} if cut else {},
+        name, tables[name].path, mine, transforms[name], own.get("weight", 1),
+        lost[name], unexplained, tables[name].total,
+        _own_parts(found.clips, name) if found else None,
+        {"clips": found.facts, "stages": found.stage_facts} if found else {},
     ))
+  if cutting:
+    names = splits if cutting.time_blocks else parts
+    clips_lib.check_parts({
+        k: [clip for source in planned for clip in source.clips.get(k, ())]
+        for k in names
+    }, cutting)
   return planned
+
+
+def _own_parts(
+    parts: Mapping[str, Sequence[Row]], source: str
+) -> dict[str, tuple[Row, ...]]:
+  """Returns the rows of one source, without the splits that it has none of."""
+  own = {k: tuple(r for r in part if r.source == source) for k, part in parts.items()}
+  return {k: part for k, part in own.items() if part}
 
 
 def _transform(*, seed, reader=None, ops=(), modalities=None, **given) -> Transform:

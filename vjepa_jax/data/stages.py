@@ -15,6 +15,7 @@ import difflib
 import io
 import json
 import math
+import posixpath
 import re
 from typing import Any
 
@@ -56,6 +57,7 @@ _MOVED = {
     "count": dict.fromkeys(_FOLDS, _ELONGATION),
 }
 SOURCES = ("counts", "answers", "table")
+_OPTION_OF = {"counts": "tracks", "answers": "answers", "table": "table"}
 # Of one file of labels; the longest real one has 1.2 MB.
 _MAX_BYTES = 1 << 28
 
@@ -71,9 +73,11 @@ class StageOptions:
     taxonomy: a name of `TAXONOMIES`, or the names of the classes in their order.
     sources: of `SOURCES`; the first that knows a time point decides.
     tracks: table of tracked nuclei, below the embryo's folder.
-    answers: the model's answers, JSON below the embryo's folder; or {participant:
-      path}, for a file that lies elsewhere.
+    answers: the model's answers, JSON below the embryo's folder.
     table: a TSV of the columns t and stage, below the embryo's folder.
+
+  Each of the last three may be {participant: path} instead, for files that lie
+  elsewhere; who is not in it has no such file.
 
   Raises:
     ValueError: for an option out of range; names all that are.
@@ -81,9 +85,9 @@ class StageOptions:
 
   taxonomy: str | tuple[str, ...] = "vlm14"
   sources: tuple[str, ...] = ("counts",)
-  tracks: str = "tracks/tracks.txt"
+  tracks: str | Mapping[str, str] = "tracks/tracks.txt"
   answers: str | Mapping[str, str] = "embryo_classifications_all.json"
-  table: str = "stages.tsv"
+  table: str | Mapping[str, str] = "stages.tsv"
 
   def __post_init__(self):
     faults = stage_option_faults(dataclasses.asdict(self))
@@ -116,13 +120,23 @@ def stage_option_faults(options: Mapping[str, Any]) -> list[str]:
   sources = options.get("sources", ("counts",))
   if not _are_names(sources) or not set(sources) <= set(SOURCES):
     faults.append(f"sources {sources!r} must be some of {', '.join(SOURCES)}")
-  for name in ("tracks", "table"):
-    if not isinstance(options.get(name, ""), str):
-      faults.append(f"{name} {options[name]!r} must be a path below an embryo's folder")
-  answers = options.get("answers", "")
-  if not isinstance(answers, str | Mapping):
-    faults.append(f"answers {answers!r} must be a path, or {{participant: path}}")
+  faults += [
+      f"{name} {options[name]!r} must be a path below each embryo's folder; for a file "
+      "that lies elsewhere give {participant: path}"
+      for name in _OPTION_OF.values()
+      if name in options and not _is_place(options[name])
+  ]
   return faults
+
+
+def _is_place(value: Any) -> bool:
+  """Says whether this is a path below a folder, or {participant: path}."""
+  if isinstance(value, Mapping):
+    return all(isinstance(v, str) and v for pair in value.items() for v in pair)
+  return (
+      isinstance(value, str) and bool(value)
+      and not value.startswith(("/", "~")) and "://" not in value
+  )
 
 
 def _are_names(values: Any) -> bool:
@@ -142,26 +156,32 @@ def stages_of(
 ) -> tuple[Stages, Losses]:
   """Returns the stages of one embryo's time points, whoever says so.
 
-  Args, Raises: as of `by_source`.
+  Args, Raises: as of `by_source`, with one folder, `home`.
 
   Returns:
     {number: class of `options.classes`}, of the first source that knows it, and
     losses as of `by_source`.
   """
-  told, losses = by_source(options, home, participant, numbers)
+  told, losses = by_source(options, [home], participant, numbers)
   return joined(told.values()), losses
 
 
 def by_source(
-    options: StageOptions, home: str, participant: str, numbers: Sequence[int]
+    options: StageOptions,
+    homes: Sequence[str],
+    participant: str,
+    numbers: Sequence[int],
+    *,
+    sharers: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[dict[str, Stages], Losses]:
   """Returns what each source says of one embryo's time points.
 
   Args:
     options: where stages come from.
-    home: the embryo's folder, local or `gs://`.
+    homes: the embryo's folders, local or `gs://`; the first that has a file decides.
     participant: its name in the manifest.
     numbers: of its time points, as in the names of their files.
+    sharers: {file of labels: movies that may read it}, as of `sharers_of`.
 
   Returns:
     {source: {number: class of `options.classes`}}, in the order of `options.sources`,
@@ -169,7 +189,8 @@ def by_source(
     and "no stage" for time points in all.
 
   Raises:
-    DataError: for a file of labels that is there and is none of its kind.
+    DataError: for a file of labels that is there and is none of its kind, or that
+      several movies would read.
     ReadError: if one cannot be fetched (but for a file that is not there).
   """
   told: dict[str, Stages] = {}
@@ -177,16 +198,12 @@ def by_source(
   there = set(numbers)
   for source in options.sources:
     told[source] = {}
-    path = _path_of(options, source, home, participant)
-    try:
-      data = storage.read_bytes(path, max_bytes=_MAX_BYTES) if path else None
-    except ReadError as error:
-      if error.reason != "missing_file":
-        raise
-      data = None
+    path, data = _first_of(_paths_of(options, source, homes, participant))
     if data is None:
       losses[f"{source}: no file"] += 1
       continue
+    if not isinstance(_given(options, source), Mapping):
+      _check_own(path, source, (sharers or {}).get(_plain(path), ()))
     before = joined(told.values())
     stages, lost = _SOURCES[source](data, path, options)
     lost["no such time point"] += len(stages.keys() - there)
@@ -208,15 +225,70 @@ def joined(told: Iterable[Stages]) -> Stages:
   return found
 
 
-def _path_of(
-    options: StageOptions, source: str, home: str, participant: str
-) -> str | None:
-  if source == "answers" and isinstance(options.answers, Mapping):
-    return options.answers.get(participant)
-  name = {
-      "counts": options.tracks, "answers": options.answers, "table": options.table,
-  }[source]
-  return storage.join(home, name)
+def sharers_of(
+    options: StageOptions, movies: Mapping[str, Sequence[str]]
+) -> dict[str, list[str]]:
+  """Returns which movies may read the same file of labels.
+
+  Args:
+    options: where stages come from; files given by participant are shared by none.
+    movies: {name: folders where its labels may lie}.
+
+  Returns:
+    {file of labels: movies whose labels may lie there}.
+  """
+  found: dict[str, list[str]] = {}
+  for name, homes in movies.items():
+    paths = {
+        _plain(storage.join(home, given)) for home in homes
+        for source in options.sources
+        if isinstance(given := _given(options, source), str)
+    }
+    for path in paths:
+      found.setdefault(path, []).append(name)
+  return found
+
+
+def _paths_of(
+    options: StageOptions, source: str, homes: Sequence[str], participant: str
+) -> list[str]:
+  """Returns where a source's file of one embryo may lie, in the order of asking."""
+  given = _given(options, source)
+  if isinstance(given, Mapping):
+    return [given[participant]] if participant in given else []
+  return [storage.join(home, given) for home in homes]
+
+
+def _given(options: StageOptions, source: str) -> str | Mapping[str, str]:
+  return getattr(options, _OPTION_OF[source])
+
+
+def _plain(path: str) -> str:
+  """Returns a path without "..": one file, one name."""
+  scheme, mark, rest = path.rpartition("://")
+  return scheme + mark + posixpath.normpath(rest)
+
+
+def _first_of(paths: Iterable[str]) -> tuple[str, bytes | None]:
+  """Returns the first file that is there, and its content; None where none is."""
+  for path in paths:
+    try:
+      return path, storage.read_bytes(path, max_bytes=_MAX_BYTES)
+    except ReadError as error:
+      if error.reason != "missing_file":
+        raise
+  return "", None
+
+
+def _check_own(path: str, source: str, movies: Sequence[str]) -> None:
+  """Refuses labels of which nobody knows whose they are."""
+  if len(movies) > 1:
+    raise DataError(
+        f"{path}: {source} of one embryo, which {len(movies)} movies would share, "
+        f"{movies[0]} and {movies[1]} among them; put the labels of NAME.tif into a "
+        f"folder NAME beside it, or give data.stages.{_OPTION_OF[source]} as "
+        "{participant: path}"
+    )
 
 
 def stage_of_count(cells: float) -> str:
@@ -369,6 +441,8 @@ _NEXT = re.compile(
     r"justification|explanation|observations?|evidence|morpholog\w+|alternatives?)\b)",
     re.IGNORECASE,
 )
+# Hyphens and the minus that models write for "-".
+_HYPHENS = dict.fromkeys((0x2010, 0x2011, 0x2212), "-")
 _IN_BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 _WORDS = {
     "one": "1", "single": "1", "two": "2", "three": "3", "four": "4", "eight": "8",
@@ -405,7 +479,7 @@ def stage_of_answer(text: str) -> tuple[str, str]:
     (stage of "vlm14", ""), or ("", reason): "no stage section", "ambiguous" (several
     stages, a range, or one that is hedged) or "unknown stage".
   """
-  answer = _answer(text)
+  answer = _answer(text.translate(_HYPHENS))
   if not answer:
     return "", "no stage section"
   answer = re.sub(r"[*_`\"]", "", answer).replace("\u00bd", ".5")

@@ -106,6 +106,20 @@ def count_frames(path: str, options: ReadOptions) -> int:
   )
 
 
+def movie_axes(path: str, options: ReadOptions) -> tuple[str, str]:
+  """Returns the axes of a movie in one file, and who says so; as `count_frames`.
+
+  The second is "stated" (by the options), "file" or "assumed".
+
+  Raises:
+    ReadError: as `read_frame`.
+  """
+  local = storage.local_copy(path)
+  return apart.call(
+      _movie_axes, local, path, options, source=path, timeout_s=options.timeout_s
+  )
+
+
 def _read(data: bytes, source: str, options: ReadOptions) -> Record:
   tifffile = _library(source)
   with border(source, "bad_header"):
@@ -212,6 +226,11 @@ def _open_movie(local: str, source: str, options: ReadOptions) -> _Movie:
 def _count_frames(local: str, source: str, options: ReadOptions) -> int:
   movie = _open_movie(local, source, options)
   return movie.shape[movie.letters.index("T")] if "T" in movie.letters else 1
+
+
+def _movie_axes(local: str, source: str, options: ReadOptions) -> tuple[str, str]:
+  movie = _open_movie(local, source, options)
+  return movie.letters, movie.origin
 
 
 def _read_frame(local: str, source: str, options: ReadOptions) -> Record:
