@@ -29,6 +29,10 @@ ARMS = [
         "", "full", "base", "large", "xlarge", "huge", "literal", "smoke", "base,smoke",
         "literal,smoke", "scratch", "frozen", "sample", "tiny",
     )
+] + [
+    ("oct_diagnosis", arm) for arm in (
+        "", "L", "H", "smoke", "scratch", "frozen", "sample", "tiny",
+    )
 ]
 
 

@@ -102,6 +102,25 @@ def test_the_main_job_leaves_everything_a_reader_needs(unbroken):
   assert len(list((unbroken / "figures").glob("*.png"))) >= 3
 
 
+def test_diagnoses_are_learned_from_labels_by_the_encoder_of_that_run(
+    environment, unbroken, tmp_path
+):
+  done = subprocess.run(
+      [sys.executable, "-m", "vjepa_jax.main", f"--workdir={tmp_path}",
+       "--config=configs/oct_diagnosis.py:tiny",
+       f"--config.train.start_from={unbroken}"],
+      env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert "starts with the encoder of step 12" in done.stdout
+  lines = [line for line in metrics.read(tmp_path) if "test.accuracy" in line]
+  assert [line["step"] for line in lines] == [0, 6, 12]
+  last = {key: value for line in metrics.read(tmp_path) for key, value in line.items()}
+  for name in ("classes.balanced_accuracy", "test.balanced_accuracy", "test.nll"):
+    assert np.isfinite(last[name]), name
+  assert list((tmp_path / "figures").glob("classes.confusion*.png"))
+
+
 def test_broken_files_are_counted_named_and_not_replaced(unbroken):
   report = json.loads((unbroken / "data_report.json").read_text())
   assert sum(report["quarantine"].values()) == 3

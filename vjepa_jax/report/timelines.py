@@ -106,12 +106,15 @@ def timeline(embryos: Sequence[Timeline], classes: Sequence[str]) -> np.ndarray:
   return canvas.pixels(figure)
 
 
-def confusion(matrix: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+def confusion(
+    matrix: np.ndarray, classes: Sequence[str], *, what: str = "time points"
+) -> np.ndarray:
   """Draws a confusion matrix: counts, and their shares of a row as shades.
 
   Args:
     matrix: int [K, K], rows are the truth, columns what was said.
     classes: names of the K stages, in their order.
+    what: is counted.
 
   Returns:
     uint8 [H, W, 3].
@@ -138,7 +141,7 @@ def confusion(matrix: np.ndarray, classes: Sequence[str]) -> np.ndarray:
   names = [f"{name}  ({total})" for name, total in zip(classes, totals, strict=True)]
   axis.set_yticks(range(k), names)
   axis.set_xlabel("said", fontsize=9, color=MUTED)
-  axis.set_ylabel("truth (time points)", fontsize=9, color=MUTED)
+  axis.set_ylabel(f"truth ({what})", fontsize=9, color=MUTED)
   canvas.bare(axis)
   axis.tick_params(labelsize=8, pad=3)
   for line in np.arange(k + 1) - 0.5:
