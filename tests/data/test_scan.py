@@ -224,3 +224,46 @@ def test_a_header_that_pydicom_chokes_on_is_listed_and_the_rest_scanned(tmp_path
   assert [row.path for row in found.rows] == [str(tmp_path / "good.dcm")]
   bad, = table(str(tmp_path / "m.unreadable.tsv"))
   assert bad["path"].endswith("bad.dcm") and bad["reason"] == "bad_header"
+
+
+def write_tiffs(folder, names):
+  import tifffile
+
+  for name in names:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    tifffile.imwrite(folder / name, np.zeros((3, 4, 5), np.uint8))
+
+
+def test_the_time_points_of_an_embryo_are_one_row_and_its_overviews_none(tmp_path):
+  moments = [f"_t{t:03d}.tif" for t in range(3)]
+  write_tiffs(tmp_path, [
+      *(f"e1/images/nih_1{m}" for m in moments), *(f"e1/mip/nih_1{m}" for m in moments),
+      *(f"e1/nih_1{m}" for m in moments), "e1/overview.tif",
+      *(f"plain/e2{m}" for m in moments), "e3/images/e3_t0.TIFF", "e3/images/e3_t1.TIFF",
+  ])
+  (tmp_path / "e1" / "tracks").mkdir()
+  (tmp_path / "e1" / "tracks" / "tracks.txt").write_text("t\tz\ty\tx\n")
+  found = scan(str(tmp_path), output=str(tmp_path / "m.tsv"))
+  assert {row.participant: row.path for row in found.rows} == {
+      name: str(tmp_path / folder)
+      for name, folder in (("e1", "e1"), ("plain", "plain"), ("e3", "e3"))
+  }
+  assert not found.lost
+  assert [r["number_of_frames"] for r in table(str(tmp_path / "m.tsv"))] == ["3", "2", "3"]
+  beside = table(str(tmp_path / "m.unreadable.tsv"))
+  assert {r["reason"] for r in beside} == {"beside_images"}
+  assert sorted(r["path"][len(str(tmp_path)) + 1:] for r in beside) == sorted(
+      [*(f"e1/mip/nih_1{m}" for m in moments), *(f"e1/nih_1{m}" for m in moments),
+       "e1/overview.tif"]
+  )
+
+
+def test_tiffs_that_number_no_time_are_rows_of_their_own(tmp_path):
+  write_tiffs(tmp_path, [
+      # Weightings, not time points; two movies in one folder; a movie of one moment.
+      "sub-1/brain_t1.tif", "sub-1/brain_t2.tif", "two/a_t000.tif", "two/a_t001.tif",
+      "two/b_t000.tif", "sub-2/images/x_t000.tif",
+  ])
+  scan(str(tmp_path), output=str(tmp_path / "m.tsv"))
+  rows = table(str(tmp_path / "m.tsv"))
+  assert len(rows) == 6 and {r["format"] for r in rows} == {"tiff"}

@@ -313,11 +313,28 @@ def test_a_file_above_several_embryos_is_refused_and_both_are_named(tmp_path):
   homes = {name: [str(tmp_path / name)] for name in ("a", "b")}
   for home in homes:
     (tmp_path / home).mkdir()
-  sharers = stages.sharers_of(options, homes)
+  movies = {name: (found, name) for name, found in homes.items()}
+  sharers = stages.sharers_of(options, movies)
   with pytest.raises(DataError, match="stages.tsv.*a and b"):
     stages.by_source(options, homes["a"], "a", [0], sharers=sharers)
-  alone = stages.sharers_of(options, {"a": homes["a"]})
+  alone = stages.sharers_of(options, {"a": movies["a"]})
   told, _ = stages.by_source(options, homes["a"], "a", [0], sharers=alone)
+  assert told == {"table": {0: "2-cell"}}
+
+
+@pytest.mark.parametrize("movies", [
+    {"a": ([], "a"), "b": ([], "b")},  # Two embryos, one path given for both.
+    {"a.tif": ([], "a"), "again.tif": ([], "a")},  # Two movies of one embryo.
+])
+def test_a_file_given_to_several_movies_is_refused(movies, tmp_path):
+  path = tmp_path / "stages.tsv"
+  path.write_text("t\tstage\n0\t2-cell\n")
+  options = StageOptions(sources=("table",), table={"a": str(path), "b": f"{path}"})
+  sharers = stages.sharers_of(options, movies)
+  with pytest.raises(DataError, match="stages.tsv.*" + " and ".join(movies)):
+    stages.by_source(options, [], "a", [0], sharers=sharers)
+  one = stages.sharers_of(options, dict([*movies.items()][:1]))
+  told, _ = stages.by_source(options, [], "a", [0], sharers=one)
   assert told == {"table": {0: "2-cell"}}
 
 

@@ -473,7 +473,7 @@ class _Tally:
     self.missing = 0
     self._options = stages
     self._sharers = stages_lib.sharers_of(
-        stages, {row.id: homes_of(row.path) for row in listed}
+        stages, {row.id: (homes_of(row.path), row.participant) for row in listed}
     ) if stages else {}
     self._counts = {name: collections.Counter() for name in splits}
     self._shown = {name: collections.Counter() for name in splits}

@@ -14,13 +14,12 @@ import json
 import math
 import os
 import pathlib
-import types
 from typing import Any
 
 import numpy as np
 
 from vjepa_jax.data.phantoms import write_once
-from vjepa_jax.data.readers.base import missing_extra
+from vjepa_jax.data.readers import tiff
 
 VERSION = 1
 STAGES = (
@@ -353,7 +352,7 @@ def write_embryo_corpus(
   }
 
   def write(draft: pathlib.Path) -> None:
-    _tifffile(pathlib.Path(folder))  # Before an embryo is drawn, which takes a while.
+    tiff.library(str(folder))  # Before an embryo is drawn, which takes a while.
     _write(draft, embryos, frames, shape, seed)
 
   return write_once(pathlib.Path(folder), options, write)
@@ -379,18 +378,10 @@ def _write(folder, embryos, frames, shape, seed) -> None:
         })
 
 
-def _tifffile(folder: pathlib.Path) -> types.ModuleType:
-  try:
-    import tifffile
-  except ImportError as error:
-    raise missing_extra(str(folder), "formats", error) from error
-  return tifffile
-
-
 def _write_one(
     folder: pathlib.Path, name: str, movie: np.ndarray, truth: Truth
 ) -> None:
-  tifffile = _tifffile(folder)
+  tifffile = tiff.library(str(folder))
   for part in ("images", "tracks"):
     (folder / part).mkdir(parents=True)
   for t, volume in enumerate(movie):

@@ -377,26 +377,10 @@ def plan(
   if staging and not cutting:
     raise ValueError("stages are of the time points of clips: give `clip` as well")
   named = sources or {"": {"manifest": manifest}}
-  tables, rows, lost = {}, {}, {}
-  for name, own in named.items():
-    given = {k: v for k, v in {**common, **own}.items() if k in _TABLE_KEYS}
-    limit = given.pop("max_records", None)
-    if limit is not None and limit < 1:
-      raise ValueError(f"max_records is {limit}, must be at least 1 or None")
-    column = splits if isinstance(splits, str) else None
-    tables[name] = manifest_lib.read_manifest(
-        given.pop("manifest"), split=column, **given
-    )
-    lost[name] = {reason: n for reason, n in tables[name].lost.items() if n}
-    found = [dataclasses.replace(row, source=name) for row in tables[name].rows]
-    if limit is not None and len(found) > limit:
-      lost[name]["max_records"] = len(found) - limit
-      found = found[:limit]
-    if not found:
-      raise DataError(
-          f"{tables[name].path}: no row is left; lost {lost[name] or 'none'}"
-      )
-    rows[name] = found
+  column = splits if isinstance(splits, str) else None
+  tables, rows, lost = _read_tables(
+      {name: {**common, **own} for name, own in named.items()}, column
+  )
   _check_told_apart(rows)
   joined = [row for found in rows.values() for row in found]
   if cutting and cutting.time_blocks:
@@ -456,6 +440,34 @@ def plan(
         for k in names
     }, cutting)
   return planned
+
+
+def _read_tables(
+    sources: Mapping[str, Mapping[str, Any]], column: str | None
+) -> tuple[
+    dict[str, manifest_lib.Manifest], dict[str, list[Row]], dict[str, dict[str, int]]
+]:
+  """Returns {source: table}, {source: the rows to take}, {source: {reason: lost}}."""
+  tables, rows, lost = {}, {}, {}
+  for name, own in sources.items():
+    given = {k: v for k, v in own.items() if k in _TABLE_KEYS}
+    limit = given.pop("max_records", None)
+    if limit is not None and limit < 1:
+      raise ValueError(f"max_records is {limit}, must be at least 1 or None")
+    tables[name] = manifest_lib.read_manifest(
+        given.pop("manifest"), split=column, **given
+    )
+    lost[name] = {reason: n for reason, n in tables[name].lost.items() if n}
+    found = [dataclasses.replace(row, source=name) for row in tables[name].rows]
+    if limit is not None and len(found) > limit:
+      lost[name]["max_records"] = len(found) - limit
+      found = found[:limit]
+    if not found:
+      raise DataError(
+          f"{tables[name].path}: no row is left; lost {lost[name] or 'none'}"
+      )
+    rows[name] = found
+  return tables, rows, lost
 
 
 def _own_parts(

@@ -43,8 +43,10 @@ _FORMATS = {
 _ZARR = (".zarray", ".zgroup", ".zmetadata", "zarr.json")
 _HEAD_BYTES = 1 << 16
 _MAX_HEAD_BYTES = 1 << 26
-# The embryo's name is that of its folder, and begins the file's.
-_TIME_POINT = re.compile(r"(?:^|/)([^/]+)/images/\1_t\d+\.tiff?$", re.IGNORECASE)
+# One digit is enough in `images` alone: elsewhere _t1 and _t2 may be weightings.
+_TIME_POINT = re.compile(
+    r"(.+?)(?:/images/([^/]*)_t\d+|/([^/]*)_t\d\d+)\.tiff?", re.IGNORECASE
+)
 _PARTICIPANT = r"(?:^|/)sub-([^/_]+)"
 # A file's header may say it in words for people; these are for tables.
 _NOT_IN_NAMES = re.compile(r"[^a-z0-9]+")
@@ -62,9 +64,11 @@ def scan(
   """Writes the manifest of all recordings below a folder.
 
   A folder of DICOM slices of one series is one row, and so are a Zarr array and the
-  time points of an embryo (NAME/images/NAME_tNNN.tif); a DICOM series among others is named by series_instance_uid. `filepath` is such that the
-  manifest can be read without a root. `OUTPUT.unreadable.tsv` (for output OUTPUT.tsv)
-  lists what no reader takes, with the reason.
+  time points of an embryo (NAME/images/*_tNNN.tif or NAME/*_tNNN.tif, all of one
+  beginning); a DICOM series among others is named by series_instance_uid. `filepath`
+  is such that the manifest can be read without a root. `OUTPUT.unreadable.tsv` (for
+  output OUTPUT.tsv) lists what no reader takes, with the reason, and TIFFs that lie
+  beside an embryo's `images`.
 
   Args:
     folder: local or `gs://`.
@@ -94,7 +98,8 @@ def scan(
         progress(done, len(loose))
     bad = [cells for cells in found if "reason" in cells]
     sound = [cells for cells in found if "reason" not in cells]
-    rows += _group_movies(_group_series(sound))
+    grouped, aside = _group_movies(_group_series(sound))
+    rows, bad = rows + grouped, bad + aside
     if checksums and not storage.is_remote(folder):
       sums = pool.map(md5_of, [cells["filepath"] for cells in rows])
       rows = [{**cells, "checksum": c} for cells, c in zip(rows, sums, strict=True)]
@@ -342,28 +347,49 @@ def _group_series(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
   return rows
 
 
-def _group_movies(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-  """Takes NAME/images/NAME_tNNN.tif, of a movie as NIH-LS has them, together."""
-  movies: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
-  others = []
+def _group_movies(
+    rows: Sequence[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+  """Takes NAME/images/*_tNNN.tif, as NIH-LS has them, or NAME/*_tNNN.tif together.
+
+  Returns:
+    The rows with movies in them, and what lies beside a movie's `images`.
+  """
+  # {(folder of the movie, folder of its files): {path: how its name begins}}
+  folders: dict[tuple[str, str], dict[str, str]] = collections.defaultdict(dict)
   for cells in rows:
-    found = _TIME_POINT.search(cells["filepath"])
-    if found and cells["format"] == "tiff":
-      movies[cells["filepath"][:found.end(1)]].append(cells)
-    else:
-      others.append(cells)
-  for folder, frames in movies.items():
-    name = storage.basename(folder)
-    if len(frames) == 1:
-      others += frames
+    path = cells["filepath"]
+    if cells["format"] == "tiff" and (found := _TIME_POINT.fullmatch(path)):
+      folders[found[1], storage.parent(path)][path] = found[2] or found[3] or ""
+  movies = {
+      of: names for of, names in folders.items()
+      if len(names) > 1 and len(set(names.values())) == 1
+  }
+  with_images = {home for home, folder in movies if home != folder}
+  movies = {
+      (home, folder): names for (home, folder), names in movies.items()
+      if home != folder or with_images.isdisjoint([home, *parents(home)])
+  }
+  grouped = {path for names in movies.values() for path in names}
+  kept, beside = [], []
+  for cells in rows:
+    path = cells["filepath"]
+    if path in grouped:
       continue
-    others.append({
-        "participant_id": name, "filepath": folder, "format": "tiff_movie",
-        "number_of_frames": len(frames),
+    within = cells["format"] == "tiff" and with_images.intersection(parents(path))
+    if within and storage.basename(storage.parent(path)) != "images":
+      detail = f"the time points of {min(within)} are in its folder images"
+      beside.append({"path": path, "reason": "beside_images", "detail": detail})
+    else:
+      kept.append(cells)
+  for (home, _), names in movies.items():
+    kept.append({
+        "participant_id": storage.basename(home), "filepath": home,
+        "format": "tiff_movie", "number_of_frames": len(names),
         # Of all in the folder no listing tells, and tracks come and go.
         "size": "", "checksum": "",
     })
-  return others
+  return kept, beside
 
 
 def _spacing_text(spacing: Sequence[float]) -> str:

@@ -202,8 +202,7 @@ def by_source(
     if data is None:
       losses[f"{source}: no file"] += 1
       continue
-    if not isinstance(_given(options, source), Mapping):
-      _check_own(path, source, (sharers or {}).get(_plain(path), ()))
+    _check_own(path, source, (sharers or {}).get(_plain(path), ()))
     before = joined(told.values())
     stages, lost = _SOURCES[source](data, path, options)
     lost["no such time point"] += len(stages.keys() - there)
@@ -226,23 +225,22 @@ def joined(told: Iterable[Stages]) -> Stages:
 
 
 def sharers_of(
-    options: StageOptions, movies: Mapping[str, Sequence[str]]
+    options: StageOptions, movies: Mapping[str, tuple[Sequence[str], str]]
 ) -> dict[str, list[str]]:
   """Returns which movies may read the same file of labels.
 
   Args:
-    options: where stages come from; files given by participant are shared by none.
-    movies: {name: folders where its labels may lie}.
+    options: where stages come from.
+    movies: {name: (folders where its labels may lie, its participant)}.
 
   Returns:
     {file of labels: movies whose labels may lie there}.
   """
   found: dict[str, list[str]] = {}
-  for name, homes in movies.items():
+  for name, (homes, participant) in movies.items():
     paths = {
-        _plain(storage.join(home, given)) for home in homes
-        for source in options.sources
-        if isinstance(given := _given(options, source), str)
+        _plain(path) for source in options.sources
+        for path in _paths_of(options, source, homes, participant)
     }
     for path in paths:
       found.setdefault(path, []).append(name)
@@ -253,14 +251,10 @@ def _paths_of(
     options: StageOptions, source: str, homes: Sequence[str], participant: str
 ) -> list[str]:
   """Returns where a source's file of one embryo may lie, in the order of asking."""
-  given = _given(options, source)
+  given = getattr(options, _OPTION_OF[source])
   if isinstance(given, Mapping):
     return [given[participant]] if participant in given else []
   return [storage.join(home, given) for home in homes]
-
-
-def _given(options: StageOptions, source: str) -> str | Mapping[str, str]:
-  return getattr(options, _OPTION_OF[source])
 
 
 def _plain(path: str) -> str:
@@ -287,7 +281,7 @@ def _check_own(path: str, source: str, movies: Sequence[str]) -> None:
         f"{path}: {source} of one embryo, which {len(movies)} movies would share, "
         f"{movies[0]} and {movies[1]} among them; put the labels of NAME.tif into a "
         f"folder NAME beside it, or give data.stages.{_OPTION_OF[source]} as "
-        "{participant: path}"
+        "{participant: path}, a path for each and a participant for each movie"
     )
 
 

@@ -121,7 +121,7 @@ def movie_axes(path: str, options: ReadOptions) -> tuple[str, str]:
 
 
 def _read(data: bytes, source: str, options: ReadOptions) -> Record:
-  tifffile = _library(source)
+  tifffile = library(source)
   with border(source, "bad_header"):
     _check_directories(data, source)
     file = tifffile.TiffFile(io.BytesIO(data), _multifile=False)
@@ -153,7 +153,12 @@ def _read(data: bytes, source: str, options: ReadOptions) -> Record:
   return to_record(volume, spacing, source, options, meta=notes)
 
 
-def _library(source: str) -> Any:
+def library(source: str) -> Any:
+  """Returns tifffile, which says nothing below a critical fault.
+
+  Raises:
+    ReadError: missing_extra, with the path `source`, without the extra `formats`.
+  """
   try:
     import tifffile
   except ImportError as error:
@@ -186,7 +191,7 @@ def _open_movie(local: str, source: str, options: ReadOptions) -> _Movie:
   apart.allow(stamp.st_size + (1 << 30))  # Mapped, which counts as held.
   if _last and _last[0] == key:
     return _last[1]
-  tifffile = _library(source)
+  tifffile = library(source)
   if stamp.st_size < 8:
     raise ReadError(source, "truncated", f"{stamp.st_size} bytes")
   with open(local, "rb") as file, border(source, "bad_header"):
