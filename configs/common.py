@@ -1,6 +1,9 @@
-"""What the configs share: reading the argument after the colon."""
+"""What the configs share: the argument after the colon, and how labels fine-tune."""
 
 import difflib
+
+import ml_collections
+from ml_collections.config_dict import placeholder
 
 
 def parse_arm(
@@ -50,3 +53,29 @@ def parse_arm(
           "keep one"
       )
   return chosen, values
+
+
+def fine_tune(c: ml_collections.ConfigDict) -> None:
+  """Sets what fine-tuning on labels does otherwise than pre-training."""
+  c.model.drop_path = 0.1  # VideoMAE
+  c.optimizer.update(
+      learning_rate=5e-4,  # VideoMAE on SSv2, at batch 256
+      final_fraction=2e-3,  # VideoMAE: 1e-6
+      b2=0.999,  # VideoMAE
+      layer_decay=0.75,  # VideoMAE
+      frozen=(),  # patterns of parameters that never move
+      freeze=(),  # and of those that do not before freeze_epochs: ("^encoder/",)
+      freeze_epochs=placeholder(float),
+  )
+  c.train.start_from = ""  # workdir of a pre-training run; "": from scratch
+  if "total_epochs" in c.train:
+    c.train.total_epochs = 50  # VideoMAE
+
+
+def spare_encoder(c: ml_collections.ConfigDict, arms: set[str]) -> None:
+  """Follows the arms `scratch` and `frozen`, after all others."""
+  if arms & {"scratch", "frozen"}:
+    # Nothing to spare, or all of it: what learns, learns at one rate.
+    c.optimizer.layer_decay = 1.0
+  if "frozen" in arms:
+    c.optimizer.frozen = ("^encoder/",)

@@ -45,12 +45,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     sample(config)
   if "tiny" in arms:
     tiny(config)
-  if "scratch" in arms:
-    # Nothing to spare: all layers learn at the same rate.
-    config.optimizer.layer_decay = 1.0
-  if "frozen" in arms:
-    config.optimizer.frozen = ("^encoder/",)
-    config.optimizer.layer_decay = 1.0
+  common.spare_encoder(config, arms)
   config.lock()
   return config
 
@@ -69,22 +64,12 @@ def diagnosis(c: ml_collections.ConfigDict) -> None:
       class_weights=(),  # a number a class, in their order; or by their counts:
       balance_classes=True,
   )
-  c.model.drop_path = 0.1  # VideoMAE
+  common.fine_tune(c)
   c.optimizer.update(
-      learning_rate=5e-4,  # VideoMAE on SSv2, at batch 256
       learning_rate_batch=256,
       learning_rate_scaling="linear",  # VideoMAE
-      final_fraction=2e-3,  # VideoMAE: 1e-6
       weight_decay=0.05,  # VideoMAE
-      b2=0.999,  # VideoMAE
-      layer_decay=0.75,  # VideoMAE
-      frozen=(),  # patterns of parameters that never move
-      freeze=(),  # and of those that do not before freeze_epochs: ("^encoder/",)
-      freeze_epochs=placeholder(float),
   )
-  c.train.start_from = ""  # workdir of a run of oct_multi.py
-  if "total_epochs" in c.train:
-    c.train.total_epochs = 50  # VideoMAE
   c.train.best_metric = "classes.balanced_accuracy"
   c.evals = dict(
       classes=judged("validation"),

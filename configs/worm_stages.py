@@ -57,12 +57,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     sample(config)
   if "tiny" in arms:
     tiny(config)
-  if "scratch" in arms:
-    # Nothing to spare: all layers learn at the same rate.
-    config.optimizer.layer_decay = 1.0
-  if "frozen" in arms:
-    config.optimizer.frozen = ("^encoder/",)
-    config.optimizer.layer_decay = 1.0
+  common.spare_encoder(config, arms)
   config.lock()
   return config
 
@@ -85,20 +80,8 @@ def stages(c: ml_collections.ConfigDict) -> None:
       smooth_weight=0.0,
       order_weight=0.0,
   )
-  c.model.drop_path = 0.1  # VideoMAE
-  c.optimizer.update(
-      learning_rate=5e-4,  # VideoMAE on SSv2, at batch 256
-      final_fraction=2e-3,  # VideoMAE: 1e-6
-      warmup_percent=10.0,  # VideoMAE: 5 of 50 epochs
-      b2=0.999,  # VideoMAE
-      layer_decay=0.75,  # VideoMAE
-      frozen=(),  # patterns of parameters that never move
-      freeze=(),  # and of those that do not before freeze_epochs: ("^encoder/",)
-      freeze_epochs=placeholder(float),
-  )
-  c.train.start_from = ""  # workdir of a run of worm_mae.py; "": from scratch
-  if "total_epochs" in c.train:
-    c.train.total_epochs = 50  # VideoMAE, seed
+  common.fine_tune(c)  # 50 epochs: the seed's too
+  c.optimizer.warmup_percent = 10.0  # VideoMAE: 5 of 50 epochs
   c.train.best_metric = "stages.accuracy"
   c.evals = dict(
       stages=judged("validation"),

@@ -72,8 +72,11 @@ VARIATIONS = {
         "from scratch, joint attention", False, {"model.space_time": "joint"}
     ),
     "one_frame": Variation("from scratch, single time points", False, _ONE_FRAME),
+    "flat_frame": Variation(
+        "single maximum projections (2-D)", False, _FLAT | _ONE_FRAME
+    ),
     "one_frame_cls": Variation(
-        "the same by a class token", False, _ONE_FRAME | {
+        "single time points by a class token", False, _ONE_FRAME | {
             "model.class_token": True, "objective.labels": "label",
             "objective.head.pool": "cls",
         },

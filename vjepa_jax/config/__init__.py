@@ -101,8 +101,9 @@ def build(
   evaluators = _build_evaluators(plain, functions, data, **steps)
   options = _loop_options(plain, grid, evaluators, **steps)
   if train.get("best_metric") and options.best_metric is None:
+    key = "stages" if plain["data"].get("clip") else "label"
     say(
-        f"data.{'stages' if plain['data'].get('clip') else 'label'} is empty: no probe, so no checkpoint is the best by "
+        f"data.{key} is empty: no probe, so no checkpoint is the best by "
         f"{train['best_metric']}; the last {options.keep} are kept"
     )
   return Experiment(
@@ -152,11 +153,6 @@ def _with_counted_labels(
   return plain | {"objective": options | counted}
 
 
-def _says(options: Mapping[str, Any]) -> str:
-  """Returns what the numbers of an evaluator begin with."""
-  return options.get("prefix") or options["type"]
-
-
 def _lengths(train: Mapping[str, Any], data: pipeline.Data) -> dict[str, int]:
   """Returns total_steps and steps_per_epoch of a run on these data."""
   volumes = len(data.splits["train"])
@@ -175,7 +171,7 @@ def _loop_options(plain, grid, evaluators, **steps) -> loop.LoopOptions:
   section["total_steps"] = steps["total_steps"]
   best = section.get("best_metric") or None
   # Without labels there is no probe, and then nothing to choose the best by.
-  given = {_says(plain["evals"][name]) for name in evaluators}
+  given = {names.told_as(plain["evals"][name]) for name in evaluators}
   if best and best.split(".")[0] not in given:
     best = None
   wandb = units.filled_in(plain.get("wandb", {}))

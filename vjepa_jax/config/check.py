@@ -558,10 +558,7 @@ def _evaluation_faults(
           f"evals.{name}.tile: {tuple(tile)} is not augment.crop {crop}; the model sees "
           "volumes of one size"
       )
-  types = sorted({
-      options.get("prefix") or options["type"] for options in evals.values()
-  })
-  answered = set((plain["data"].get("stages") or {}).get("sources", ())) == {"answers"}
+  types = sorted({names.told_as(options) for options in evals.values()})
   for key, known in (
       ("best_metric", types), ("early_stop_metric", [*types, "validation"])
   ):
@@ -569,25 +566,31 @@ def _evaluation_faults(
     kind = metric.split(".")[0]
     if not metric or (key == "best_metric" and kind in ("loss", "validation")):
       continue  # the latter is refused for another reason
-    of_stages = any(
-        options["type"] in ("stages", "stage_probe")
-        and kind == (options.get("prefix") or options["type"])
-        for options in evals.values()
-    )
-    if answered and of_stages and not metric.split(".", 1)[-1].startswith(
-        ("answers_", "kappa_answers", "impossible_", "time_")
-    ):
-      own = metric.split(".", 1)[-1]
-      faults.append(
-          f"train.{key}: {metric!r} needs a truth, and data.stages.sources are answers "
-          f"alone; name {kind}.answers_{own}, agreement with them"
-      )
+    faults += _truth_faults(plain, key, metric)
     if kind not in known:
       faults.append(
           f"train.{key}: {metric!r} comes from no evaluator of evals; they give "
           f"numbers of {', '.join(f'{k}.*' for k in known) or 'nothing'}"
       )
   return faults
+
+
+def _truth_faults(plain: Mapping[str, Any], key: str, metric: str) -> list[str]:
+  """A metric of stages against a truth, where answers are all that is known."""
+  if set((plain["data"].get("stages") or {}).get("sources", ())) != {"answers"}:
+    return []
+  kind, _, own = metric.partition(".")
+  of_stages = {
+      names.told_as(options) for options in plain["evals"].values()
+      if options["type"] in ("stages", "stage_probe")
+  }
+  without_truth = ("answers_", "kappa_answers", "impossible_", "time_")
+  if kind not in of_stages or own.startswith(without_truth):
+    return []
+  return [
+      f"train.{key}: {metric!r} needs a truth, and data.stages.sources are answers "
+      f"alone; name {kind}.answers_{own}, agreement with them"
+  ]
 
 
 def _split_names(data: Mapping[str, Any]) -> list[str] | None:

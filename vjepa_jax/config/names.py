@@ -134,6 +134,11 @@ def without(keywords: Mapping[str, bool], *given: str) -> dict[str, bool]:
   return {k: v for k, v in keywords.items() if k not in given}
 
 
+def told_as(options: Mapping[str, Any]) -> str:
+  """Returns what the names of an evaluator's numbers begin with."""
+  return options.get("prefix") or options["type"]
+
+
 def closest(name: str, known: Iterable[str]) -> str:
   known = sorted(known)
   close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)

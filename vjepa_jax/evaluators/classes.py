@@ -95,14 +95,10 @@ class Evaluator:
     truth, guesses = self._volumes.label_ids[rows], chances.argmax(axis=1)
     people = np.array([str(self._volumes.rows[row].participant) for row in rows])
     for name in ("balanced_accuracy", "accuracy"):
-      statistic = getattr(metrics, name)
-      yield name, statistic(truth, guesses)
-      if len(np.unique(people)) > 1:
-        low, high = ridge.bootstrap_interval(
-            statistic, people, truth, guesses, repeats=self._repeats, seed=self._seed
-        )
-        yield f"{name}.low", low
-        yield f"{name}.high", high
+      yield from ridge.with_interval(
+          name, getattr(metrics, name), people, truth, guesses,
+          repeats=self._repeats, seed=self._seed,
+      )
     yield "macro_f1", metrics.macro_f1(truth, guesses)
     yield "calibration_error", metrics.calibration_error(truth, chances, bins=self._bins)
     yield "nll", metrics.nll(truth, chances)

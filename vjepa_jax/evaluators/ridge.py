@@ -280,6 +280,25 @@ def bootstrap_interval(
   return float(low), float(high)
 
 
+def with_interval(
+    name: str, statistic: Statistic, groups: np.ndarray, *arrays: np.ndarray,
+    repeats: int = 1000, seed: int = 0,
+) -> Iterator[tuple[str, float]]:
+  """Yields `name`; and of two groups or more NAME.low and NAME.high.
+
+  Args:
+    name: of the number.
+    statistic, groups, *arrays, repeats, seed: as of `bootstrap_interval`.
+  """
+  yield name, statistic(*arrays)
+  if len(np.unique(groups)) > 1:
+    low, high = bootstrap_interval(
+        statistic, groups, *arrays, repeats=repeats, seed=seed
+    )
+    yield f"{name}.low", low
+    yield f"{name}.high", high
+
+
 def paired_bootstrap_difference(
     statistic: Statistic,
     groups: np.ndarray,

@@ -255,13 +255,9 @@ class Evaluator:
     for name, by_count in guesses.items():
       for count, own in by_count.items():
         end = f"_{count}" if count else ""
-        yield f"{name}{end}", _mean_accuracy(stages, own[there])
-        if several:
-          low, high = ridge.bootstrap_interval(
-              _mean_accuracy, groups, stages, own[there], **options
-          )
-          yield f"{name}{end}.low", low
-          yield f"{name}{end}.high", high
+        yield from ridge.with_interval(
+            f"{name}{end}", _mean_accuracy, groups, stages, own[there], **options
+        )
         if name == "accuracy":
           continue
         ours = guesses["accuracy"][count][there]

@@ -164,14 +164,10 @@ class Evaluator:
     """Numbers against the truth, or what takes its place."""
     there = judged != metrics.UNKNOWN
     stages, own, p = judged[there], guesses[there], found.values[there]
-    yield "accuracy", metrics.accuracy(stages, own)
-    groups = self._points.embryos[there]
-    if len(np.unique(groups)) > 1:
-      low, high = ridge.bootstrap_interval(
-          metrics.accuracy, groups, stages, own, repeats=self._repeats, seed=self._seed
-      )
-      yield "accuracy.low", low
-      yield "accuracy.high", high
+    yield from ridge.with_interval(
+        "accuracy", metrics.accuracy, self._points.embryos[there], stages, own,
+        repeats=self._repeats, seed=self._seed,
+    )
     for name, statistic in _OF_GUESSES.items():
       yield name, statistic(stages, own)
     yield "calibration_error", metrics.calibration_error(stages, p, bins=self._bins)

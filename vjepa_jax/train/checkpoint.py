@@ -385,16 +385,13 @@ class Checkpoints:
       raise
     # The storage layers' errors have no kind in common.
     except Exception as error:
-      reason = " ".join(str(error).split())[:2000]
       # On several hosts all must open together: before the next save.
       self._must_reopen = True
       self._meeting.tell(error)
       if jax.process_count() == 1 and not workdir_lib.is_remote(self.directory):
         with contextlib.suppress(Exception):
           self._reopen()
-      raise SaveError(
-          f"{self.directory}: {type(error).__name__}: {reason}"
-      ) from error
+      raise SaveError(f"{self.directory}: {meeting.in_one_line(error)}") from error
 
   def _check_exists(self, step: int) -> None:
     if step not in self._manager.all_steps():

@@ -15,6 +15,11 @@ _PAUSE_S = 0.02
 _TOLD = 2000  # characters; a path may fill hundreds before the reason
 
 
+def in_one_line(error: BaseException) -> str:
+  """Returns an error's kind and words, without the length of a storage layer's."""
+  return " ".join(f"{type(error).__name__}: {error}".split())[:_TOLD]
+
+
 class AbsentError(OSError):
   """Another process could not write its part, or did not come; says which."""
 
@@ -42,9 +47,8 @@ class Meeting:
   def tell(self, error: BaseException) -> None:
     """Tells the others that this process has failed to write its part."""
     if self._client:
-      said = " ".join(f"{type(error).__name__}: {error}".split())[:_TOLD]
       key = f"{self._place(self._count)}/failed/{jax.process_index()}"
-      self._client.key_value_set(key, said, allow_overwrite=True)
+      self._client.key_value_set(key, in_one_line(error), allow_overwrite=True)
 
   def wait(self, *, key: str, timeout_ms: int) -> None:
     """Returns once all processes are here; the signature is Orbax's.
