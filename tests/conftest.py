@@ -31,3 +31,15 @@ def shared():
     pytest.skip(message)
 
   return find
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+  """Returns the environment by which all runs of a session share compiled programs."""
+  home = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    home = home.parent  # of all workers
+  return {
+      "JAX_COMPILATION_CACHE_DIR": str(home / "programs"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+  }

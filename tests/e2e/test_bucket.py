@@ -74,14 +74,11 @@ def store():
 
 
 @pytest.fixture(scope="module")
-def environment(store, tmp_path_factory):
-  cache = tmp_path_factory.mktemp("jit")
+def environment(store, programs, tmp_path_factory):
   return {
       **os.environ, **store.emulator.env, "JAX_PLATFORMS": "cpu",
-      "TMPDIR": str(cache),  # what a killed run leaves goes with the rest
-      # Compiled programs are the same in every run of this file.
-      "JAX_COMPILATION_CACHE_DIR": str(cache),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+      # What a killed run leaves goes with the rest.
+      "TMPDIR": str(tmp_path_factory.mktemp("left")), **programs,
   }
 
 

@@ -18,9 +18,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
+def environment(programs, tmp_path_factory):
   return {
-      **os.environ, "JAX_PLATFORMS": "cpu",
+      **os.environ, "JAX_PLATFORMS": "cpu", **programs,
       "VJEPA_JAX_CACHE": str(tmp_path_factory.mktemp("cache")),
   }
 

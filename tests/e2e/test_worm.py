@@ -19,12 +19,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(programs, tmp_path_factory):
   cache = tmp_path_factory.mktemp("cache")
   environment = {
       **os.environ, "JAX_PLATFORMS": "cpu", "VJEPA_JAX_CACHE": str(cache),
-      "JAX_COMPILATION_CACHE_DIR": str(cache / "jit"),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+      **programs,
   }
 
   def start(config, workdir, *overrides):

@@ -199,15 +199,17 @@ def test_a_stage_that_no_labelled_embryo_shows_is_counted(
 
 
 def test_a_probe_of_answers_is_named_so(open_embryos, embryo_corpus, tmp_path):
-  path = tmp_path / "answers.json"
-  path.write_text(
-      '[{"frame_index": 0, "response": "Developmental Stage: 1-cell"},'
-      ' {"frame_index": 9, "response": "Developmental Stage: 2-cell"}]'
-  )
-  names = [f"phantom_diSPIM_{n}" for n in range(1, 8)]
-  answered = open_embryos(
-      stages=dict(sources=("answers",), answers=dict.fromkeys(names, str(path)))
-  )
+  paths = {
+      name: tmp_path / f"{name}.json"
+      for name in (f"phantom_diSPIM_{n}" for n in range(1, 8))
+  }
+  for path in paths.values():
+    path.write_text(
+        '[{"frame_index": 0, "response": "Developmental Stage: 1-cell"},'
+        ' {"frame_index": 9, "response": "Developmental Stage: 2-cell"}]'
+    )
+  answers = {name: str(path) for name, path in paths.items()}
+  answered = open_embryos(stages=dict(sources=("answers",), answers=answers))
   found = run(coded(of_stage), answered, baselines=())
   assert found["stage_probe.answers_accuracy"] == 1.0
   assert found["stage_probe.answers_time_points"] == 6

@@ -11,17 +11,12 @@ pytestmark = pytest.mark.slow
 STEPS = 30
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def pod(make_cloud, repository):
   return make_cloud(repository)
 
 
-def environment(cache):
+def environment(cache, programs):
   """How two workers of one machine find each other, which a TPU pod says itself."""
   with socket.socket() as probe:
     probe.bind(("", 0))
@@ -29,8 +24,7 @@ def environment(cache):
   return [
       f"--env={name}={value}" for name, value in {
           "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
-          "VJEPA_JAX_CACHE": cache, "JAX_COMPILATION_CACHE_DIR": cache / "jit",
-          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+          "VJEPA_JAX_CACHE": cache, **programs,
           "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
           "JAX_NUM_PROCESSES": "{workers}", "JAX_PROCESS_ID": "{worker}",
       }.items()
@@ -52,17 +46,18 @@ def comparable(workdir):
 
 
 def test_a_pod_trains_is_pre_empted_resumes_and_equals_an_unbroken_one(
-    pod, cache, until, lines
+    pod, programs, until, lines, tmp_path
 ):
+  found = tmp_path / "cache", programs
   spot = ("--queued", "--spot", "--chips=2")
   pod("create", *spot)
   pod("setup", *spot)
-  wrong = pod("check", "--chips=4", *environment(cache), code=1)
+  wrong = pod("check", "--chips=4", *environment(*found), code=1)
   assert "worker 1: this worker has 1 devices, not 2" in wrong
-  assert "2 workers, 2 devices" in pod("check", *spot, *environment(cache))
+  assert "2 workers, 2 devices" in pod("check", *spot, *environment(*found))
 
   unbroken, broken = pod.store / "unbroken", pod.store / "broken"
-  watch = ("--restarts=2", "--poll=0.5", *spot, *environment(cache))
+  watch = ("--restarts=2", "--poll=0.5", *spot, *environment(*found))
   assert lines(pod("run", *watch, *training(unbroken)))[-1] == (
       f"done at step {STEPS}/{STEPS}"
   )

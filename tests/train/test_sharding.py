@@ -91,7 +91,8 @@ def test_two_processes_evaluate_a_common_batch_once():
 @pytest.fixture(scope="module")
 def eight_devices():
   env = os.environ | {
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
+      "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu",
       "PYTHONPATH": os.pathsep.join([os.getcwd(), os.path.dirname(__file__)]),
   }
   done = subprocess.run(
