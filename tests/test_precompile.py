@@ -127,3 +127,33 @@ def test_the_batch_that_is_compiled_is_the_one_that_the_data_make():
   assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
       k: (v.shape, v.dtype) for k, v in shapes.items()
   }
+
+
+def test_a_fingerprint_is_of_all_that_decides_the_numbers(monkeypatch):
+  config = config_lib.load(TINY)
+  digest = lambda **options: precompile.fingerprint(
+      config, options.pop("slice_", "v4:2x2x1"), batch_per_chip=4, **options
+  )
+  first = digest()
+  config.train.log_every_steps += 1
+  assert digest() == first
+  assert digest(slice_="v5e:2x2") != first
+  with monkeypatch.context() as patch:
+    patch.setattr(precompile, "_versions", lambda *packages: {"libtpu": "another"})
+    assert digest() != first
+  text = pathlib.Path.read_text
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, "read_text", lambda p, **o: text(p, **o) + p.name)
+    assert digest() != first
+  config.optimizer.weight_decay *= 2  # A constant in the program.
+  assert digest() != first
+
+
+def test_a_fingerprint_knows_no_folder_and_compiles_nothing(monkeypatch):
+  compiles = lambda lowered: pytest.fail("compiled")
+  monkeypatch.setattr(precompile.estimate, "compile_lowered", compiles)
+  here = precompile.fingerprint(config_lib.load(TINY), "v4:2x2x1", batch_per_chip=4)
+  there = verb(
+      f"--config={TINY}", "--topology=v4:2x2x1", "--batch_per_chip=4", "--fingerprint"
+  )
+  assert there.stdout.strip() == here, there.stderr

