@@ -1,12 +1,15 @@
 """Claims of data/clips.py and of its way through the pipeline, on small movies."""
 
+import dataclasses
+import itertools
 import json
+import math
 import pickle
 
 import numpy as np
 import pytest
 
-from vjepa_jax.data import clips, pipeline, read, scan, storage
+from vjepa_jax.data import clips, ops, pipeline, read, scan, storage
 from vjepa_jax.data.manifest import Row
 from vjepa_jax.data.record import DataError, ReadError
 
@@ -98,8 +101,21 @@ def test_evaluation_shows_each_time_point_that_a_clip_can_show(frames, stride, l
   ]
   assert set(shown(0)) == set(shown(1)) <= numbers
   assert len(shown(0)) <= 2 * len(numbers)
-  if 5 >= length and length % (frames * stride) == 0:
-    assert sorted(shown(0)) == sorted(numbers)
+
+
+@pytest.mark.parametrize("numbers", [
+    set(range(8)), set(range(9)) - {5}, set(range(9)) - {2, 3}, {0, 2, 4, 6, 7},
+])
+@pytest.mark.parametrize("frames, stride", [(1, 1), (2, 1), (3, 1), (2, 2), (2, 3)])
+def test_evaluation_takes_as_few_clips_as_can_be(numbers, frames, stride):
+  shown = lambda places: {s + n * stride for s in places for n in range(frames)}
+  every = clips.starts(numbers, frames=frames, stride=stride, step=1)
+  found = clips.starts(numbers, frames=frames, stride=stride, step=0)
+  fewest = next(
+      count for count in range(len(every) + 1)
+      if any(shown(some) == shown(every) for some in itertools.combinations(every, count))
+  )
+  assert len(found) == fewest and shown(found) == shown(every)
 
 
 def test_clips_hold_their_time_points_in_numeric_order(write):
@@ -717,3 +733,136 @@ def test_tracks_of_any_content_stop_by_name_or_count_their_losses(write, tmp_pat
       assert "tracks.txt" in str(error)
       outcomes.add("named")
   assert outcomes == {"read", "named"}
+
+
+@pytest.mark.parametrize("cache", ["memory", "shards"])
+def test_beside_a_broken_time_point_evaluation_shows_all_others(write, tmp_path, cache):
+  manifest = write([12, 13], cut={(1, 5)})
+  folder = cache if cache == "memory" else str(tmp_path / cache)
+  data = open_clips(manifest, cache=folder, stages=dict(taxonomy="count"))
+  found = data.splits["validation"]
+  shown = [number for row in found.rows for number in row.numbers]
+  assert set(shown) == set(range(13)) - {5}
+  singles = open_clips(manifest, clip=dict(frames=1)).splits["validation"]
+  alone = {row.start: singles[n].volume[0] for n, row in enumerate(singles.rows)}
+  for n, row in enumerate(found.rows):
+    np.testing.assert_array_equal(found[n].volume, [alone[t] for t in row.numbers])
+  counts = data.report["clips"]["splits"]["validation"]
+  assert counts == dict(movies=1, clips=len(found), time_points=12, in_no_clip=0, bad=1)
+  told = data.report["stages"]["time_points"]["validation"]
+  assert sum(told.values()) == 12
+
+
+def test_training_keeps_its_starts_beside_a_broken_time_point(write):
+  data = open_clips(write([12, 12], cut={(0, 0)}), clip=dict(frames=4, step=3))
+  assert [row.start for row in data.splits["train"].rows] == [3, 6]
+  counts = data.report["clips"]["splits"]["train"]
+  assert (counts["bad"], counts["time_points"], counts["in_no_clip"]) == (1, 7, 4)
+
+
+def test_a_stage_whose_time_points_are_all_broken_is_absent(write, caplog):
+  # The first quarter of a phantom here is of one cell.
+  data = open_clips(
+      write([16, 16], cut={(0, t) for t in range(4)}), stages=dict(taxonomy="count")
+  )
+  report = data.report["stages"]
+  assert report["time_points"]["train"]["1-cell"] == 0
+  assert report["absent_but_elsewhere"] == {"validation": {"1-cell": 4}}
+  assert "1-cell" in caplog.text and "1-cell" in report["absent_from_training"]
+
+
+def test_time_points_in_the_gaps_of_time_blocks_are_counted(write):
+  manifest = write([60])
+  facts = open_clips(
+      manifest, splits=dict(train=0.6, validation=0.2, test=0.2),
+      clip=dict(frames=4, time_blocks=1),
+  ).report["clips"]
+  shared_out = sum(s["time_points"] + s["in_no_clip"] for s in facts["splits"].values())
+  assert facts["in_gaps"] == 8 and shared_out == 52
+  assert open_clips(manifest, splits=dict(train=1), clip=dict(frames=4)).report[
+      "clips"]["in_gaps"] == 0
+
+
+@pytest.mark.parametrize("again", [
+    "nih-ls/emb_0/", "nih-ls//emb_0", "nih-ls/./emb_0", "nih-ls/../nih-ls/emb_0",
+    "nih-ls/emb_0/images",
+])
+def test_one_movie_under_two_names_is_refused(write, again):
+  manifest = write([8, 8], stages=False)
+  with open(manifest, "a") as file:
+    file.write(f"other\t{again}\t[0.002, 0.001, 0.001]\t60\tvalidation\n")
+  with pytest.raises(DataError, match="keep one"):
+    open_clips(manifest)
+
+
+def test_a_draw_is_the_same_for_all_time_points_of_a_movie(write, monkeypatch):
+  def mirror_op(*, share: float):
+    def mirror(record, rng):
+      seen = record.volume if rng.random() > share else record.volume[..., ::-1, :]
+      return dataclasses.replace(record, volume=np.ascontiguousarray(seen))
+    return mirror
+
+  monkeypatch.setitem(ops.OPS, "mirror", mirror_op)
+  mirrored = []
+  for seed in range(6):
+    data = open_clips(
+        write([8, 8], home=f"again_{seed}"), seed=seed,
+        ops=[{"name": "mirror", "share": 0.5}],
+    )
+    # The brightest voxel is the last of a row.
+    record = data.splits["train"][0]
+    at_end = record.volume[:, -1, -1, -1, 0] > record.volume[:, -1, -1, 0, 0]
+    assert at_end.all() or not at_end.any()
+    mirrored.append(not at_end[0])
+  assert 0 < sum(mirrored) < 6
+
+
+@pytest.mark.parametrize("op", [
+    dict(name="crop_foreground"), dict(name="normalize_intensity"),
+    dict(name="scale_percentiles", lower=1.0, upper=99.0),
+    dict(name="clip_percentiles", lower=1.0, upper=99.0),
+])
+def test_ops_that_go_by_the_values_of_one_time_point_are_refused(write, op):
+  with pytest.raises(ValueError, match=f"{op['name']}.*one time point"):
+    open_clips(write([8, 8]), ops=[op])
+
+
+def test_the_time_step_is_the_movie_s_not_that_of_a_file(write, tmp_path):
+  manifest = write([8, 8])
+  for path in (tmp_path / "nih-ls" / "emb_0" / "images").iterdir():
+    tifffile.imwrite(
+        path, tifffile.imread(path), imagej=True,
+        metadata={"axes": "ZYX", "finterval": 0.05, "unit": "um", "spacing": 2.0},
+        resolution=(1.0, 1.0),
+    )
+  assert open_clips(manifest).splits["train"][0].spacing[0] == 60
+  with open(manifest) as file:
+    text = file.read()
+  with open(manifest, "w") as file:
+    file.write(text.replace("\t60\t", "\t\t"))
+  assert math.isnan(open_clips(manifest).splits["train"][0].spacing[0])
+
+
+def test_a_time_point_of_another_type_is_bad(write, tmp_path):
+  manifest = write([12, 12])
+  path = tmp_path / "nih-ls" / "emb_0" / "images" / "emb_0_t007.tif"
+  tifffile.imwrite(
+      path, (volume(0, 7) // 5).astype(np.uint8), metadata=None,
+      photometric="minisblack",
+  )
+  data = open_clips(manifest)
+  (bad,) = data.quarantine
+  assert bad.path == str(path) and bad.reason == "irregular_frames"
+  assert "uint8" in bad.detail and "uint16" in bad.detail
+  assert all(7 not in row.numbers for row in data.splits["train"].rows)
+
+
+def test_what_is_wrong_with_a_whole_movie_is_told_of_each_of_its_files(write):
+  manifest = write([8, 8, 8])
+  with open(manifest) as file:
+    text = file.read()
+  with open(manifest, "w") as file:
+    file.write(text.replace("[0.002, 0.001, 0.001]", "", 1))
+  data = open_clips(manifest, require_spacing=True)
+  told = [(bad.path, bad.reason) for bad in data.quarantine]
+  assert len(set(told)) == 8 and {reason for _, reason in told} == {"missing_spacing"}

@@ -240,16 +240,21 @@ def test_the_time_points_of_an_embryo_are_one_row_and_its_overviews_none(tmp_pat
       *(f"e1/images/nih_1{m}" for m in moments), *(f"e1/mip/nih_1{m}" for m in moments),
       *(f"e1/nih_1{m}" for m in moments), "e1/overview.tif",
       *(f"plain/e2{m}" for m in moments), "e3/images/e3_t0.TIFF", "e3/images/e3_t1.TIFF",
+      *(f"e4/images/e4_t{t:03d}.ome.tif" for t in range(3)),
   ])
   (tmp_path / "e1" / "tracks").mkdir()
   (tmp_path / "e1" / "tracks" / "tracks.txt").write_text("t\tz\ty\tx\n")
   found = scan(str(tmp_path), output=str(tmp_path / "m.tsv"))
   assert {row.participant: row.path for row in found.rows} == {
       name: str(tmp_path / folder)
-      for name, folder in (("e1", "e1"), ("plain", "plain"), ("e3", "e3"))
+      for name, folder in (
+          ("e1", "e1"), ("plain", "plain"), ("e3", "e3"), ("e4", "e4"),
+      )
   }
   assert not found.lost
-  assert [r["number_of_frames"] for r in table(str(tmp_path / "m.tsv"))] == ["3", "2", "3"]
+  assert [r["number_of_frames"] for r in table(str(tmp_path / "m.tsv"))] == [
+      "3", "2", "3", "3"
+  ]
   beside = table(str(tmp_path / "m.unreadable.tsv"))
   assert {r["reason"] for r in beside} == {"beside_images"}
   assert sorted(r["path"][len(str(tmp_path)) + 1:] for r in beside) == sorted(

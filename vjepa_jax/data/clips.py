@@ -12,7 +12,8 @@ than a clip are lost; all are counted.
 
 import bisect
 import collections
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import copy
 import dataclasses
 import itertools
 import math
@@ -157,6 +158,16 @@ class Movie:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Share:
+  """What a split may use of a movie: numbers of time points, in stretches."""
+
+  movie: Movie
+  split: str
+  stretches: Sequence[Sequence[int]]
+  known: Mapping[str, stages_lib.Stages] | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Cut:
   """Movies cut into clips.
 
@@ -173,6 +184,22 @@ class Cut:
   lost: list[tuple[Row, str]]
   facts: dict[str, Any]
   stage_facts: dict[str, Any]
+  _shares: Sequence[_Share] = dataclasses.field(repr=False)
+  _tally: "_Tally" = dataclasses.field(repr=False)
+
+  def without(self, is_bad: Callable[[Row], bool]) -> "Cut":
+    """Cuts again without the time points that are bad, and counts what is left.
+
+    A clip that shows each time point once is chosen anew about a gap: what is good
+    beside a bad one stays.
+    """
+    if not any(is_bad(row) for rows in self.frames.values() for row in rows):
+      return self
+    return _joined(self._shares, self.lost, self._tally, is_bad)
+
+  def movies(self) -> list[Movie]:
+    """Returns the movies that were cut."""
+    return list({share.movie.row.id: share.movie for share in self._shares}.values())
 
 
 def max_start(length: int, frames: int, stride: int) -> int:
@@ -373,10 +400,11 @@ def cut(
     ReadError: if a bucket cannot be reached.
   """
   names = list(fractions) if options.time_blocks else list(parts)
-  found = Cut({n: [] for n in names}, {n: [] for n in names}, [], {}, {})
   if listed is None:
     listed = itertools.chain.from_iterable(parts.values())
-  tally = _Tally(names, stages, listed)
+  tally = _Tally(names, options, stages, listed, train)
+  shares: list[_Share] = []
+  lost: list[tuple[Row, str]] = []
   for split, rows in parts.items():
     for row in rows:
       try:
@@ -385,30 +413,68 @@ def cut(
         if error.reason == "unreachable":
           raise
         logging.warning("lost %s", error)
-        found.lost.append((row, error.reason))
+        lost.append((row, error.reason))
         continue
       known = tally.stages_of(movie)
-      pieces = _pieces(movie, split, options, fractions)
-      clips = {
-          name: [
-              clip for piece in own
-              for clip in _clips_of(movie, piece, options, name == train, known)
-          ] for name, own in pieces.items()
-      }
-      if not any(clips.values()):
+      own = [
+          _Share(movie, name, stretches, known) for name, stretches
+          in _pieces(movie, split, options, fractions).items()
+      ]
+      if not any(
+          starts(
+              numbers, frames=options.frames, stride=options.stride * movie.step,
+              step=movie.step,
+          ) for share in own for numbers in share.stretches
+      ):
         length = len(movie.frames) + movie.missing
         short = max_start(length, options.frames, options.stride) < 0
-        found.lost.append((row, "shorter_than_clip" if short else "no_whole_clip"))
+        lost.append((row, "shorter_than_clip" if short else "no_whole_clip"))
         continue
-      for name, own in clips.items():
-        used = {n: f for clip in own for n, f in zip(clip.numbers, clip.frames)}
-        found.clips[name] += own
-        found.frames[name] += [used[n] for n in sorted(used)]
-        tally.note(name, own, used, sum(map(len, pieces[name])), known)
-      tally.missing += movie.missing
-  found.facts.update(tally.facts(options))
-  found.stage_facts.update(tally.stage_facts(train))
-  return found
+      shares += own
+  return _joined(shares, lost, tally)
+
+
+def _joined(
+    shares: Sequence[_Share], lost: list[tuple[Row, str]], tally: "_Tally",
+    is_bad: Callable[[Row], bool] = lambda row: False,
+) -> Cut:
+  """Returns the clips of all movies, none with a bad time point, and their counts."""
+  tally = tally.afresh()
+  frames: dict[str, list[Row]] = {name: [] for name in tally.splits}
+  clips: dict[str, list[Clip]] = {name: [] for name in tally.splits}
+  for share in shares:
+    bad = {n for n, row in share.movie.frames.items() if is_bad(row)}
+    own = [
+        clip for numbers in share.stretches
+        for clip in _clips_of(
+            share.movie, numbers, tally.options, share.split == tally.train,
+            share.known, bad,
+        )
+    ]
+    used = {n: f for clip in own for n, f in zip(clip.numbers, clip.frames)}
+    clips[share.split] += own
+    frames[share.split] += [used[n] for n in sorted(used)]
+    tally.note(share, own, used, bad)
+  return Cut(
+      frames, clips, lost, tally.facts(shares), tally.stage_facts(), shares, tally
+  )
+
+
+def check_apart(movies: Iterable[Movie]) -> None:
+  """Refuses movies that have a time point in common: splits would share it.
+
+  Raises:
+    DataError: naming the two rows and a time point.
+  """
+  of: dict[tuple[str, int | None], Row] = {}
+  for movie in movies:
+    for frame in movie.frames.values():
+      other = of.setdefault((storage.plain(frame.path), frame.frame), movie.row)
+      if other is not movie.row:
+        raise DataError(
+            f"{other.path} and {movie.row.path} are two rows and hold the same time "
+            f"point {frame.path}; keep one"
+        )
 
 
 def _long_enough(movie: Movie, options: ClipOptions) -> Movie:
@@ -440,15 +506,21 @@ def _pieces(
 
 def _clips_of(
     movie: Movie, numbers: Sequence[int], options: ClipOptions, train: bool,
-    known: Mapping[str, stages_lib.Stages] | None,
+    known: Mapping[str, stages_lib.Stages] | None, bad: Collection[int] = (),
 ) -> Iterable[Clip]:
   if not numbers:
     return
   stride = options.stride * movie.step
   step = options.step if train else options.eval_step
-  places = starts(
-      numbers, frames=options.frames, stride=stride, step=step * movie.step
-  )
+  shape = dict(frames=options.frames, stride=stride)
+  if not step:
+    places = starts([n for n in numbers if n not in bad], **shape, step=0)
+  else:
+    # Counted from the first, be that bad or not.
+    places = [
+        start for start in starts(numbers, **shape, step=step * movie.step)
+        if not any(start + n * stride in bad for n in range(options.frames))
+    ]
   own = {f.name: getattr(movie.row, f.name) for f in dataclasses.fields(Row)}
   for start in places:
     used = [start + n * stride for n in range(options.frames)]
@@ -467,25 +539,33 @@ class _Tally:
   """What there is to say of movies, clips and stages."""
 
   def __init__(
-      self, splits: Sequence[str], stages: stages_lib.StageOptions | None,
-      listed: Iterable[Row],
+      self, splits: Sequence[str], options: ClipOptions,
+      stages: stages_lib.StageOptions | None, listed: Iterable[Row], train: str,
   ):
-    self.missing = 0
-    self._options = stages
+    self.splits, self.options, self.train = tuple(splits), options, train
+    self._stages = stages
     self._sharers = stages_lib.sharers_of(
         stages, {row.id: (homes_of(row.path), row.participant) for row in listed}
     ) if stages else {}
-    self._counts = {name: collections.Counter() for name in splits}
-    self._shown = {name: collections.Counter() for name in splits}
     self._losses: stages_lib.Losses = collections.Counter()
     self._without: list[str] = []
+    self._warned: list[str] = []
+    self._counts = {name: collections.Counter() for name in splits}
+    self._shown = {name: collections.Counter() for name in splits}
+
+  def afresh(self) -> "_Tally":
+    """Returns one that knows the movies and has counted no clip."""
+    other = copy.copy(self)
+    other._counts = {name: collections.Counter() for name in self.splits}
+    other._shown = {name: collections.Counter() for name in self.splits}
+    return other
 
   def stages_of(self, movie: Movie) -> dict[str, stages_lib.Stages] | None:
     """Returns what goes into the fields of its clips: stages, truth, answers."""
-    if self._options is None:
+    if self._stages is None:
       return None
     told, losses = stages_lib.by_source(
-        self._options, movie.homes, movie.row.participant, list(movie.frames),
+        self._stages, movie.homes, movie.row.participant, list(movie.frames),
         sharers=self._sharers,
     )
     self._losses += losses
@@ -499,42 +579,51 @@ class _Tally:
     return fields
 
   def note(
-      self, split: str, clips: Sequence[Clip], used: Collection[int], there: int,
-      known: Mapping[str, stages_lib.Stages] | None,
+      self, share: _Share, clips: Sequence[Clip], used: Collection[int],
+      bad: Collection[int],
   ) -> None:
-    self._counts[split].update(
+    there = [number for stretch in share.stretches for number in stretch]
+    damaged = sum(number in bad for number in there)
+    self._counts[share.split].update(
         movies=int(bool(clips)), clips=len(clips), time_points=len(used),
-        in_no_clip=there - len(used),
+        in_no_clip=len(there) - damaged - len(used), bad=damaged,
     )
-    if known is not None:
-      self._shown[split].update(known["stages"].get(number) for number in used)
+    if share.known is not None:
+      stages = share.known["stages"]
+      self._shown[share.split].update(stages.get(number) for number in used)
 
-  def facts(self, options: ClipOptions) -> dict[str, Any]:
+  def facts(self, shares: Sequence[_Share]) -> dict[str, Any]:
+    movies = {share.movie.row.id: share.movie for share in shares}.values()
+    shared_out = sum(len(part) for share in shares for part in share.stretches)
+    options = self.options
     return {
         "frames": options.frames, "stride": options.stride,
-        "time_blocks": options.time_blocks, "missing_time_points": self.missing,
+        "time_blocks": options.time_blocks,
+        "missing_time_points": sum(movie.missing for movie in movies),
+        "in_gaps": sum(len(movie.frames) for movie in movies) - shared_out,
         "splits": {name: dict(counts) for name, counts in self._counts.items()},
     }
 
-  def stage_facts(self, train: str) -> dict[str, Any]:
+  def stage_facts(self) -> dict[str, Any]:
     """Returns counts by split and class, losses, and classes that training lacks."""
-    if self._options is None:
+    if self._stages is None:
       return {}
-    classes = self._options.classes
-    shown_in_training = self._shown.get(train, {})
+    classes = self._stages.classes
+    shown_in_training = self._shown.get(self.train, {})
     absent = [c for c in classes if not shown_in_training.get(c)]
     elsewhere = {
         name: wanted for name, shown in self._shown.items()
         if (wanted := {c: shown[c] for c in absent if shown[c]})
     }
-    if absent:
+    if set(absent) - set(self._warned):
+      self._warned[:] = absent
       logging.warning(
-          "no time point of the split %s shows the stages %s; other splits: %s", train,
-          ", ".join(absent), elsewhere or "neither",
+          "no time point of the split %s shows the stages %s; other splits: %s",
+          self.train, ", ".join(absent), elsewhere or "neither",
       )
     return {
-        "taxonomy": self._options.taxonomy, "classes": list(classes),
-        "sources": list(self._options.sources),
+        "taxonomy": self._stages.taxonomy, "classes": list(classes),
+        "sources": list(self._stages.sources),
         "time_points": {
             name: {c: shown[c] for c in classes} | {"without": shown[None]}
             for name, shown in self._shown.items()
@@ -588,11 +677,6 @@ class Canvases:
 def with_stages(clips: Iterable[Clip]) -> set[str]:
   """Returns the participants of whom a clip has a time point with a stage."""
   return {clip.participant for clip in clips if any(clip.stages)}
-
-
-def without_bad(clips: Iterable[Clip], good: Collection[str]) -> list[Clip]:
-  """Returns the clips all of whose time points are good, by their ids."""
-  return [clip for clip in clips if all(row.id in good for row in clip.frames)]
 
 
 def check_parts(

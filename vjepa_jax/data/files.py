@@ -87,13 +87,19 @@ class Transform:
           f"its axes are {record.meta.get('axes') or 'not named'}",
           "give axes=\"ZYX\" in data.reader or in the manifest's column axes",
       )
+    if row.window and row.frame is None:
+      # T is the folder's: what a file of one time point says is not from it to the next.
+      step = stated.get("time_step_s") or reader.get("time_step_s") or math.nan
+      spacing = np.array([step, *record.spacing[1:]], np.float32)
+      record = dataclasses.replace(record, spacing=spacing)
     return record
 
   def _to_canvas(self, row: Row, record: Record) -> Record:
     for op in self._ops:
-      # One draw a recording, whenever and wherever it is read: what should differ
-      # from epoch to epoch is drawn on the device.
-      draw = np.random.default_rng([self.seed, zlib.crc32(row.id.encode())])
+      # One draw a recording or movie, whenever and wherever it is read: what should
+      # differ from epoch to epoch is drawn on the device.
+      whole = _frames_of(row)[0] if row.window else row
+      draw = np.random.default_rng([self.seed, zlib.crc32(whole.id.encode())])
       record = op(record, draw)
     if self.require_spacing and np.isnan(record.spacing[1:]).any():
       raise ReadError(
@@ -106,8 +112,11 @@ class Transform:
         max_voxels=self.max_voxels,
     )
 
-  def check(self) -> None:
+  def check(self, *, of_movies: bool = False) -> None:
     """Refuses options that no file could be read with.
+
+    Args:
+      of_movies: whether the rows are time points of movies.
 
     Raises:
       ValueError: as of the readers, the operations and `ops.resample`.
@@ -121,7 +130,9 @@ class Transform:
     known = {field.name for field in dataclasses.fields(readers.ReadOptions)}
     faults = [f"reader: unknown option {key!r}" for key in sorted(reader.keys() - known)]
     faults += [f"reader: {fault}" for fault in readers.read_option_faults(reader)]
-    faults += ops.op_faults([dict(step) for step in self.ops])
+    faults += ops.op_faults(
+        [dict(step) for step in self.ops], of_movies=of_movies
+    )
     low, high = self.percentiles
     if not 0 <= low < high <= 100:
       faults.append(f"percentiles are {self.percentiles}, must rise within 0 .. 100")
@@ -148,12 +159,16 @@ class Window:
   Attributes:
     low, high: values that become the ends of the range.
     shape: (Z, Y, X, C) of a time point as stored.
+    stored: its type as stored.
+    spacing: (dz, dy, dx) in mm, NaN where unknown.
     mean, std: of the voxels on the canvas, without padding.
   """
 
   low: float
   high: float
   shape: tuple[int, ...]
+  stored: str
+  spacing: tuple[float, float, float]
   mean: float = math.nan
   std: float = math.nan
 
@@ -161,13 +176,22 @@ class Window:
     """Returns a time point in the movie's range: uint8, or float32 in 0..1 ("keep").
 
     Raises:
-      ReadError: irregular_frames, where it is not of the movie's size.
+      ReadError: irregular_frames, where it is not of the movie's size, type or spacing.
     """
-    if record.volume.shape[1:] != self.shape:
+    shape, stored = _kind_of(record)
+    for what, mine, wanted in (
+        ("shape [Z, Y, X, C]", shape, self.shape), ("type", stored, self.stored),
+    ):
+      if mine != wanted:
+        raise ReadError(
+            record.source, "irregular_frames",
+            f"a time point of {what} {mine} in a movie of {wanted}",
+        )
+    mine = tuple(record.spacing[1:].tolist())
+    if not np.allclose(mine, self.spacing, rtol=1e-3, equal_nan=True):
       raise ReadError(
           record.source, "irregular_frames",
-          f"a time point of shape {record.volume.shape[1:]} [Z, Y, X, C] in a movie of "
-          f"{self.shape}",
+          f"a time point of spacing {mine} mm in a movie of {self.spacing}",
       )
     if dtype == "uint8":
       volume = np.empty(record.volume.shape, np.uint8)
@@ -198,8 +222,9 @@ class _Cell:
           if error.reason == "unreachable":
             raise
           self._answer = error
-    if isinstance(self._answer, ReadError):
-      raise self._answer
+    if isinstance(error := self._answer, ReadError):
+      about = "" if error.path == row.path else f", as of {error.path}"
+      raise ReadError(row.path, error.reason, error.detail + about, error.remedy)
     return self._answer
 
 
@@ -215,6 +240,12 @@ def _frames_of(row: Row) -> list[Row]:
       dataclasses.replace(row, path=path, frame=frame, size=None, checksum="")
       for path, frame in row.window
   ]
+
+
+def _kind_of(record: Record) -> tuple[tuple[int, ...], str]:
+  """Returns what all time points of a movie have in common: shape and type."""
+  stored = record.meta.get("stored_type") or record.volume.dtype
+  return record.volume.shape[1:], str(stored)
 
 
 def _find_window(transform: Transform, row: Row) -> Window:
@@ -233,9 +264,10 @@ def _find_window(transform: Transform, row: Row) -> Window:
       errors.append(error)
   if not records:
     raise errors[0]
-  shapes = collections.Counter(record.volume.shape[1:] for _, record in records)
-  shape = shapes.most_common(1)[0][0]
-  records = [(f, record) for f, record in records if record.volume.shape[1:] == shape]
+  kinds = collections.Counter(_kind_of(record) for _, record in records)
+  shape, stored = kinds.most_common(1)[0][0]
+  records = [(f, record) for f, record in records if _kind_of(record) == (shape, stored)]
+  spacing = tuple(records[0][1].spacing[1:].tolist())
   kind = np.result_type(*(record.volume for _, record in records))
   kind = kind if kind.name in ("uint8", "int16", "uint16") else np.dtype(np.float32)
   low, high = ops.percentiles(
@@ -247,7 +279,7 @@ def _find_window(transform: Transform, row: Row) -> Window:
         row.path, "constant",
         f"percentiles {transform.percentiles} of its movie are {low:g} and {high:g}",
     )
-  window, means, squares = Window(low, high, shape), [], []
+  window, means, squares = Window(low, high, shape, stored, spacing), [], []
   for frame, record in records:
     try:
       canvas = transform._to_canvas(frame, window.apply(record, transform.dtype))

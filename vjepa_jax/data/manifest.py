@@ -199,7 +199,7 @@ def read_manifest(
         unexplained.append((row, reason))
       continue
     uids.add(uid)
-    rows[row.id] = row
+    rows[_plain_id(row)] = row
   kept = _filter(path, list(rows.values()), filters or {}, exclude or {}, lost)
   return Manifest(
       path, tuple(kept), dict(lost), tuple(unexplained), len(table),
@@ -517,14 +517,19 @@ def _reason_to_drop(
     return "no_participant"
   if not row.path:
     return "no_filepath"
-  if row.id in rows:
-    if rows[row.id].participant != row.participant:
+  if (same := rows.get(_plain_id(row))) is not None:
+    if same.participant != row.participant:
       raise DataError(
           f"{where}: {row.id} belongs to participants "
-          f"{rows[row.id].participant} and {row.participant}; keep one row"
+          f"{same.participant} and {row.participant}; keep one row"
       )
     return "duplicate_row"
   return "duplicate_uid" if uid and uid in uids else None
+
+
+def _plain_id(row: Row) -> str:
+  """Returns the id that all ways to write a path have in common."""
+  return dataclasses.replace(row, path=storage.plain(row.path)).id
 
 
 def _geometry_of(get: Any) -> str:

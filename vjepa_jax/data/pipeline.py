@@ -63,9 +63,8 @@ class Source:
     lost: rows dropped, by reason.
     unexplained: the dropped rows that nobody asked to drop, with their reason.
     total: rows of the table.
-    clips: {split: clips} of time points that are the rows; None where each row is a
-      recording of its own.
-    facts: what else the report says.
+    cut: the clips of time points that are the rows; None where each row is a recording
+      of its own.
   """
 
   name: str
@@ -76,14 +75,27 @@ class Source:
   lost: Mapping[str, int]
   unexplained: tuple[tuple[Row, str], ...]
   total: int
-  clips: Mapping[str, tuple[clips_lib.Clip, ...]] | None = None
-  facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
+  cut: clips_lib.Cut | None = None
 
   @property
   def rows(self) -> Mapping[str, Sequence[Row]]:
     """{split: what it holds}: recordings, or clips."""
-    return self.parts if self.clips is None else self.clips
+    if self.cut is None:
+      return self.parts
+    return {name: clips for name, clips in self.cut.clips.items() if clips}
+
+  @property
+  def facts(self) -> dict[str, Any]:
+    """What the report says of clips and stages."""
+    if self.cut is None:
+      return {}
+    return {"clips": self.cut.facts, "stages": self.cut.stage_facts}
+
+  def without(self, is_bad: Callable[[Row], bool]) -> "Source":
+    """Returns the source with clips of its good time points alone."""
+    if self.cut is None:
+      return self
+    return dataclasses.replace(self, cut=self.cut.without(is_bad))
 
   def read(self, row: Row, look: Callable[[Record], None] | None = None) -> Record:
     """Reads one of `rows`; `look` is shown each recording or time point as read.
@@ -336,6 +348,7 @@ def open_data(
     labels = manifest_lib.label_names(rows)
     if stages:
       labels = stages_lib.StageOptions(**stages).classes
+    planned = [source.without(ledger.is_bad) for source in planned]
     volumes = _volumes(planned, canvases, labels, ledger, mixture)
     stack.pop_all()
   return Data(
@@ -388,7 +401,7 @@ def plan(
   else:
     parts, missing = _split(joined, splits, stratify, seed)
   transforms = {
-      name: _transform(seed=seed, **{
+      name: _transform(seed=seed, of_movies=bool(cutting), **{
           k: v for k, v in {**common, **own}.items() if k in _TRANSFORM_KEYS
       }) for name, own in named.items()
   }
@@ -429,14 +442,13 @@ def plan(
     mine = _own_parts(found.frames if found else parts, name)
     planned.append(Source(
         name, tables[name].path, mine, transforms[name], own.get("weight", 1),
-        lost[name], unexplained, tables[name].total,
-        _own_parts(found.clips, name) if found else None,
-        {"clips": found.facts, "stages": found.stage_facts} if found else {},
+        lost[name], unexplained, tables[name].total, found,
     ))
   if cutting:
+    clips_lib.check_apart(m for source in planned for m in source.cut.movies())
     names = splits if cutting.time_blocks else parts
     clips_lib.check_parts({
-        k: [clip for source in planned for clip in source.clips.get(k, ())]
+        k: [clip for source in planned for clip in source.cut.clips.get(k, ())]
         for k in names
     }, cutting)
   return planned
@@ -478,14 +490,16 @@ def _own_parts(
   return {k: part for k, part in own.items() if part}
 
 
-def _transform(*, seed, reader=None, ops=(), modalities=None, **given) -> Transform:
+def _transform(
+    *, seed, of_movies, reader=None, ops=(), modalities=None, **given
+) -> Transform:
   sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
   transform = Transform(
       **sizes, modalities=tuple(modalities) if modalities else None,
       reader=frozen(reader or {}), ops=tuple(map(frozen, ops)),
       seed=seed if ops else 0,  # Shards without draws serve runs of any seed.
   )
-  transform.check()
+  transform.check(of_movies=of_movies)
   return transform
 
 
@@ -680,9 +694,7 @@ def _volumes(
         for source in planned if name in source.parts
     }
     kept = {
-        source.name: clips_lib.without_bad(
-            source.clips[name], {row.id for row in good[source.name]}
-        ) if source.clips else good[source.name]
+        source.name: source.cut.clips[name] if source.cut else good[source.name]
         for source in planned if name in source.parts
     }
     missing = weights.keys() - kept.keys() if name == "train" else set()
@@ -696,7 +708,7 @@ def _volumes(
     volumes = {
         source.name: Volumes(
             name, kept[source.name], labels,
-            clips_lib.Canvases(own[name], good[source.name]) if source.clips
+            clips_lib.Canvases(own[name], good[source.name]) if source.cut
             else own[name],
             ledger=ledger,
         )

@@ -384,6 +384,15 @@ def join(root: str, path: str) -> str:
   return os.path.join(root, path.lstrip("/"))
 
 
+def plain(path: str) -> str:
+  """Returns a path without "..", "." and doubled "/": one file, one name.
+
+  For comparing: where a folder is a link, ".." of it may lead elsewhere.
+  """
+  scheme, mark, rest = path.rpartition("://")
+  return scheme + mark + posixpath.normpath(rest)
+
+
 def parent(path: str) -> str:
   """Returns the folder that a file lies in."""
   if is_remote(path):

@@ -210,11 +210,21 @@ OPS: dict[str, Callable[..., Op]] = {
 }
 
 
-def op_faults(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+# What these do to a volume follows from its own values, or from where its content lies:
+# time points of a movie would lose their common range and place.
+OF_ITS_OWN_VALUES = frozenset({
+    "crop_foreground", "normalize_intensity", "scale_percentiles", "clip_percentiles",
+})
+
+
+def op_faults(
+    steps: Sequence[Mapping[str, Any]], *, of_movies: bool = False
+) -> list[str]:
   """Says what is wrong with ops of a config; an empty list is well.
 
   Args:
     steps: dicts of `name` and options.
+    of_movies: whether each volume is one time point of a movie.
   """
   faults = []
   for index, step in enumerate(steps):
@@ -225,6 +235,12 @@ def op_faults(steps: Sequence[Mapping[str, Any]]) -> list[str]:
       faults.append(f"ops[{index}]: unknown name {name!r}; closest {close}")
       continue
     faults.extend(f"ops[{index}] {name}: {f}" for f in _option_faults(name, options))
+    if of_movies and name in OF_ITS_OWN_VALUES:
+      faults.append(
+          f"ops[{index}] {name}: goes by the values of one time point, and those of a "
+          "clip would no longer be alike; a movie has one range of values, "
+          "data.percentiles, and data.resample fits it to the canvas"
+      )
   return faults
 
 
