@@ -8,28 +8,21 @@ Answers are given by a model that was told minute and cell count: they are no tr
 
 import bisect
 import collections
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import csv
 import dataclasses
 import difflib
 import io
 import json
 import math
-import posixpath
-import re
 from typing import Any
 
-from vjepa_jax.data import storage
+from vjepa_jax.data import answers, storage
 from vjepa_jax.data.record import DataError, ReadError
 
-_COUNTED = (
-    "1-cell", "2-cell", "4-cell", "8-cell", "~14-cell", "~24-cell", "~44-cell",
-    "~90-cell", "~190-cell", "~350-cell",
-)
-_FOLDS = ("comma", "1.5-fold", "2-fold", "3-fold")
 _WORM10 = (
     "1-cell", "2-cell", "4-cell", "8-cell", "early gastrulation", "late gastrulation",
-    *_FOLDS,
+    *answers.FOLDS,
 )
 _GASTRULATION = {
     "~44-cell": "early gastrulation", "~90-cell": "early gastrulation",
@@ -41,12 +34,12 @@ _ELONGATION = "elongation"
 EDGES = (1.4, 2.8, 5.7, 10.6, 18.3, 32.5, 62.9, 131.0, 258.0, 439.0)
 TAXONOMIES: dict[str, tuple[str, ...]] = {
     # The categories that the model was asked to choose from.
-    "vlm14": _COUNTED + _FOLDS,
+    "vlm14": answers.COUNTED + answers.FOLDS,
     # Of the WormVT project; it has no class for about 14 and 24 cells: those time
     # points are without one, or count as 8-cell.
     "worm10": _WORM10,
     "worm10_merged": _WORM10,
-    "count": (*_COUNTED, _ELONGATION),
+    "count": (*answers.COUNTED, _ELONGATION),
     "phantom8": (
         "1-cell", "2-cell", "4-cell", "8-cell", "16-cell", "32-cell", "bent", "folded",
     ),
@@ -54,7 +47,7 @@ TAXONOMIES: dict[str, tuple[str, ...]] = {
 _MOVED = {
     "worm10": _GASTRULATION,
     "worm10_merged": _GASTRULATION | dict.fromkeys(("~14-cell", "~24-cell"), "8-cell"),
-    "count": dict.fromkeys(_FOLDS, _ELONGATION),
+    "count": dict.fromkeys(answers.FOLDS, _ELONGATION),
 }
 SOURCES = ("counts", "answers", "table")
 _OPTION_OF = {"counts": "tracks", "answers": "answers", "table": "table"}
@@ -202,7 +195,7 @@ def by_source(
     if data is None:
       losses[f"{source}: no file"] += 1
       continue
-    _check_own(path, source, (sharers or {}).get(_plain(path), ()))
+    _check_own(path, source, (sharers or {}).get(storage.plain(path), ()))
     before = joined(told.values())
     stages, lost = _SOURCES[source](data, path, options)
     lost["no such time point"] += len(stages.keys() - there)
@@ -239,7 +232,7 @@ def sharers_of(
   found: dict[str, list[str]] = {}
   for name, (homes, participant) in movies.items():
     paths = {
-        _plain(path) for source in options.sources
+        storage.plain(path) for source in options.sources
         for path in _paths_of(options, source, homes, participant)
     }
     for path in paths:
@@ -255,12 +248,6 @@ def _paths_of(
   if isinstance(given, Mapping):
     return [given[participant]] if participant in given else []
   return [storage.join(home, given) for home in homes]
-
-
-def _plain(path: str) -> str:
-  """Returns a path without "..": one file, one name."""
-  scheme, mark, rest = path.rpartition("://")
-  return scheme + mark + posixpath.normpath(rest)
 
 
 def _first_of(paths: Iterable[str]) -> tuple[str, bytes | None]:
@@ -324,32 +311,40 @@ def read_tracks(data: bytes, path: str) -> tuple[dict[int, int], Losses]:
   needed, others are not, and rows may end early.
 
   Args:
-    data: the table; tabs, commas or blanks part its columns.
+    data: the table; tabs, commas or blanks part its columns. Between tabs or commas a
+      cell may stand in quotes. A "#" may go before the header.
     path: for messages.
 
   Returns:
     {t: rows}, and rows left out by reason.
 
   Raises:
-    DataError: without a header that names t once, or without a row.
+    DataError: without a header that names t once, without a row, for a quote that
+      does not end on its line, or if it cannot be told whether the rows have a cell
+      below a "#" that is a column of its own.
   """
-  lines = data.decode("utf-8-sig", errors="replace").splitlines()
-  lines = [line for line in lines if line.strip("\0 \t\r\n,")]
-  head = lines[0].lstrip("# ") if lines else ""
+  lines = [line for line in _lines(data) if line[1].strip("\0 \t\r\n,")]
+  first, title = lines[0] if lines else (0, "")
+  head = title.lstrip("# ")
   mark = next((m for m in ("\t", ",") if m in head), None)
-  names = [name.strip().strip('"').lower() for name in head.split(mark)]
+  # A "#" parted from the first name: the rows tell whether it is a column.
+  marked = mark is not None and title.lstrip(" ")[0] == "#" and head.startswith(mark)
+  (cells,) = _rows([(first, head[1:] if marked else head)], mark, path)
+  names = [name.strip().strip('"').lower() for name in cells]
   if names.count("t") != 1:
     raise DataError(
         f"{path}: the header of a table of tracks must name the column t once; found "
         f"{', '.join(names)[:200] or 'nothing'}"
     )
+  below = [line for line in lines[1:] if not line[1].lstrip().startswith("#")]
+  rows = _rows(below, mark, path)
   place = names.index("t")
+  if marked:
+    rows = list(rows)
+    place += _cells_below_mark(rows, len(names), path)
   counts: collections.Counter[int] = collections.Counter()
   losses: Losses = collections.Counter()
-  for line in lines[1:]:
-    if line.lstrip().startswith("#"):
-      continue
-    cells = line.split(mark)
+  for cells in rows:
     number = _whole(cells[place]) if place < len(cells) else None
     if number is None:
       losses["row without a time"] += 1
@@ -358,6 +353,54 @@ def read_tracks(data: bytes, path: str) -> tuple[dict[int, int], Losses]:
   if not counts:
     raise DataError(f"{path}: no row of this table of tracks has a time")
   return dict(counts), losses
+
+
+def _cells_below_mark(rows: Sequence[Sequence[str]], columns: int, path: str) -> int:
+  """Returns how many cells (0 or 1) the rows have below a "#" before the columns."""
+  longest = max(map(len, rows), default=0)
+  ends = (n for cells in rows for n, cell in enumerate(cells, 1) if cell.strip())
+  filled = max(ends, default=0)
+  if longest != filled or longest - columns not in (0, 1):
+    raise DataError(
+        f"{path}: the header of this table of tracks has # and {columns} names, the "
+        f"longest row {longest} cells, {filled} up to the last that is filled; whether "
+        "rows have a cell below the # cannot be told, take it out of the header"
+    )
+  return longest - columns
+
+
+def _lines(data: bytes) -> Iterator[tuple[int, str]]:
+  """Yields number and text of each line."""
+  text = data.decode("utf-8-sig", errors="replace")
+  return enumerate(io.StringIO(text, newline=None), 1)
+
+
+def _rows(
+    lines: Sequence[tuple[int, str]], mark: str | None, path: str
+) -> Iterator[list[str]]:
+  """Yields the cells of each line; None for `mark` parts them at blanks.
+
+  Raises:
+    DataError: for a quote that does not end on its line, or not at the cell's end.
+  """
+  if mark is None:
+    yield from (line.split() for _, line in lines)
+    return
+  # Strict: a quote that is never closed would take all rows below it in silence.
+  reader = csv.reader(
+      (line for _, line in lines), delimiter=mark, strict=True, skipinitialspace=True
+  )
+  for read, (number, _) in enumerate(lines, 1):
+    try:
+      cells = next(reader)
+      if reader.line_num != read:
+        raise csv.Error("a quote opens a cell that takes other rows in")
+    except csv.Error as error:
+      raise DataError(
+          f"{path}: line {number} is no row of a table ({error}); close its quotes, or "
+          "write it without"
+      ) from error
+    yield cells
 
 
 def _whole(text: str) -> int | None:
@@ -375,7 +418,7 @@ def read_answers(data: bytes, path: str) -> tuple[Stages, Losses]:
   """Reads the stages of `embryo_classifications_all.json`.
 
   Each entry has `frame_index` (the number of the time point) and `response`, a text
-  whose section on the developmental stage alone is read; see `stage_of_answer`.
+  whose section on the developmental stage alone is read; see `answers.stage_of_answer`.
 
   Args:
     data: a JSON list of entries.
@@ -419,115 +462,8 @@ def _entry(entry: Any) -> tuple[int, str, str]:
     return number, "", "failed"
   if text.lstrip().upper().startswith("ERROR"):
     return number, "", "failed"
-  stage, reason = stage_of_answer(text)
+  stage, reason = answers.stage_of_answer(text)
   return number, stage, reason
-
-
-# `## 1. Developmental Stage: ...`, with or without marks, number and more words.
-_HEADER = re.compile(
-    r"^[\s#>*_\d.)(-]*(?:predicted |estimated |most likely )?developmental stage"
-    r"(?: (?:analysis|classification|assessment|identification))?[\s*_]*"
-    r"(?:[:\u2013\u2014-]+|$)[\s*_]*", re.IGNORECASE,
-)
-# What ends a section: a heading, a numbered item, or the next thing asked for.
-_NEXT = re.compile(
-    r"^\s*(?:#+\s|[*_]*\d+[.)]\s|-{3,}\s*$|[-*_\s]*(?:confidence|reasoning|key features|"
-    r"justification|explanation|observations?|evidence|morpholog\w+|alternatives?)\b)",
-    re.IGNORECASE,
-)
-# Hyphens and the minus that models write for "-".
-_HYPHENS = dict.fromkeys((0x2010, 0x2011, 0x2212), "-")
-_IN_BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
-_WORDS = {
-    "one": "1", "single": "1", "two": "2", "three": "3", "four": "4", "eight": "8",
-}
-# Never the end of another one, such as of 1,350.
-_NUMBER = r"(?<![\d.,])(?:\d+(?:\.\d+)?)"
-_RANGE = re.compile(
-    rf"{_NUMBER}[\s~\u2248]*(?:-|\u2013|\u2014|/|to|or|and|through)[\s~\u2248]*{_NUMBER}"
-    rf"|{_NUMBER}(?:[\s-]*(?:cells?|fold))?\s*\+"
-)
-_MENTION = re.compile(
-    rf"({_NUMBER})[\s-]*(cells?|folds?)\b|\b(comma)\b", re.IGNORECASE
-)
-# Words with which one stage named means another, or none.
-_HEDGED = re.compile(
-    r"[<>\u2264\u2265]|\b(?:not|no|nor|un\w*|between|before|after|beyond|past|post|pre|"
-    r"exceed\w*|less|more|fewer|earlier|later|above|below|least|most|towards?|"
-    r"approach\w*|transition\w*|if|cannot|ruled?|exclud\w*|versus|vs|or|to|and)\b|[/&]",
-    re.IGNORECASE,
-)
-
-
-def stage_of_answer(text: str) -> tuple[str, str]:
-  """Returns the stage that an answer states, or why there is none.
-
-  Only the section "Developmental Stage" is read, and of it the answer alone: the rest
-  of its line, or the next line that says anything. Other stages are named all over
-  such texts, to be ruled out.
-
-  Args:
-    text: Markdown, as the model wrote it.
-
-  Returns:
-    (stage of "vlm14", ""), or ("", reason): "no stage section", "ambiguous" (several
-    stages, a range, or one that is hedged) or "unknown stage".
-  """
-  answer = _answer(text.translate(_HYPHENS))
-  if not answer:
-    return "", "no stage section"
-  answer = re.sub(r"[*_`\"]", "", answer).replace("\u00bd", ".5")
-  answer = re.sub(
-      rf"(?<![\w-])({'|'.join(_WORDS)})(?=[\s-]*(?:cell|fold))",
-      lambda found: _WORDS[found[0].lower()], answer, flags=re.IGNORECASE,
-  )
-  outside = _IN_BRACKETS.sub(" ", answer)
-  beside = " ".join(_IN_BRACKETS.findall(answer))
-  if not _MENTION.search(outside):
-    outside, beside = answer, ""
-  if _RANGE.search(outside) or _HEDGED.search(outside):
-    return "", "ambiguous"
-  named = {_named(*found) for found in _MENTION.findall(outside)}
-  if len(named) > 1:
-    return "", "ambiguous"
-  stage = named.pop() if named else ""
-  # The number of cells beside a name, as in "comma (~550 cells)", is no second stage;
-  # "~44-cell (or ~90-cell)" has one.
-  others = {_named(*found) for found in _MENTION.findall(beside)} - {"", stage}
-  if stage and others:
-    return "", "ambiguous"
-  return (stage, "") if stage else ("", "unknown stage")
-
-
-def _answer(text: str) -> str:
-  """Returns what the section on the stage says first, or ""."""
-  inside = False
-  for line in text.splitlines():
-    if header := _HEADER.match(line):
-      inside = True
-      if rest := line[header.end():].strip(" \t*_#:-"):
-        return rest
-    elif inside and _NEXT.match(line):
-      inside = False  # A title may be followed by the section of its name.
-    elif inside and (said := line.strip(" \t*_#:->")):
-      return said
-  return ""
-
-
-def _named(number: str, kind: str, comma: str) -> str:
-  """Returns the stage that a mention names, or "" for none of the categories."""
-  if comma:
-    return "comma"
-  value = float(number)
-  if not value < 1e6:
-    return ""
-  if kind.lower().startswith("fold"):
-    name = f"{value:g}-fold"
-    return name if name in _FOLDS else ""
-  if value == 550:
-    return "comma"
-  exact = {f"{int(value)}-cell", f"~{int(value)}-cell"} & set(_COUNTED)
-  return exact.pop() if exact and value == int(value) else ""
 
 
 def read_table(data: bytes, path: str) -> tuple[Stages, Losses]:
@@ -537,27 +473,26 @@ def read_table(data: bytes, path: str) -> tuple[Stages, Losses]:
     {t: stage}, and rows left out by reason.
 
   Raises:
-    DataError: without these columns.
+    DataError: without these columns, each once, or for a quote that does not end on
+      its line.
   """
-  text = data.decode("utf-8-sig", errors="replace").replace("\0", "")
-  reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t")
+  lines = [(number, line.replace("\0", "")) for number, line in _lines(data)]
+  rows = _rows([line for line in lines if line[1].strip("\n")], "\t", path)
+  names = next(rows, [])
+  if names.count("t") != 1 or names.count("stage") != 1:
+    raise DataError(
+        f"{path}: a table of stages needs the columns t and stage; found "
+        f"{', '.join(names)[:200] or 'nothing'}; each must be there once"
+    )
   found: dict[int, set[str]] = {}
   losses: Losses = collections.Counter()
-  try:
-    names = list(reader.fieldnames or ())
-    if not {"t", "stage"} <= set(names):
-      raise DataError(
-          f"{path}: a table of stages needs the columns t and stage; found "
-          f"{', '.join(names)[:200] or 'nothing'}"
-      )
-    for cells in reader:
-      number, stage = _whole(cells["t"] or ""), (cells["stage"] or "").strip()
-      if number is None or not stage:
-        losses["row without a time" if number is None else "no stage given"] += 1
-      else:
-        found.setdefault(number, set()).add(stage)
-  except csv.Error as error:
-    raise DataError(f"{path}: is no table: {error}") from error
+  for cells in rows:
+    row = dict(zip(names, cells))
+    number, stage = _whole(row.get("t", "")), row.get("stage", "").strip()
+    if number is None or not stage:
+      losses["row without a time" if number is None else "no stage given"] += 1
+    else:
+      found.setdefault(number, set()).add(stage)
   stages = {number: min(names) for number, names in found.items() if len(names) == 1}
   losses["rows differ"] += len(found) - len(stages)
   return stages, losses
