@@ -79,3 +79,5 @@ def spare_encoder(c: ml_collections.ConfigDict, arms: set[str]) -> None:
     c.optimizer.layer_decay = 1.0
   if "frozen" in arms:
     c.optimizer.frozen = ("^encoder/",)
+    # The head is fitted to the features that it is judged on, with every block.
+    c.model.drop_path = 0.0

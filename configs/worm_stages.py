@@ -19,10 +19,22 @@ Arms, joined by commas (`:full,scratch`):
   base, large, xlarge, huge
            of `worm_mae.py`'s arms of that name
   literal  the recipe as the WormVT project's code has it: single time points, the
-           class token to one of ten classes, learning rate 5e-5 at batch 8 in 2 parts,
-           50 epochs, label smoothing 0.1. Repaired, since it could not learn: the class
-           token takes part in the attention, labels come from their own section of the
-           answer and in the order of development, splits are by embryo
+           class token to one of ten classes, learning rate 5e-5 at batch 16 in 2 parts,
+           50 epochs, label smoothing 0.1, drop-path 0.1. Repaired, since it could not
+           learn: the class token takes part in the attention, labels come from their
+           own section of the answer and in the order of development, splits are by
+           embryo. Otherwise than there, beside what `worm_mae.py` says of its own: the
+           learning rate rises for 5 epochs first (as its yaml says, which its code does
+           not read), and nothing stops early (there after 10 epochs without a better
+           accuracy; `train.early_stop_metric` does it, by evaluations).
+           Of NIH-LS a model answered for embryo 1 alone. The manifest above has it in
+           train, so that validation is without any stage and the run is refused. Either
+           share out the time of that embryo, whose numbers say less:
+             --config.data.filters.participant="('embryo1',)"
+             --config.data.split_column="" --config.data.clip.time_blocks=10
+           or learn and judge by the counts of nuclei, which all three have:
+             --config.data.stages.sources="('counts',)"
+             --config.train.best_metric=stages.accuracy
   smoke    20 steps on your own manifest
   tiny     seconds; for the tests
 """
@@ -110,6 +122,8 @@ def literal(c: ml_collections.ConfigDict) -> None:
   # The positions are those of the pre-trained clips, resampled to one time point.
   c.model.table_voxels = c.augment.crop
   c.augment.crop = (1, *c.augment.crop[1:])
+  # Lighter than in pre-training: flips in 3 of 10, contrast 0.9 to 1.1 times.
+  c.augment.update(flip=(0.0, 0.15, 0.15, 0.15), contrast=0.1)
   for name in ("stages", "test"):
     c.evals[name].tile = c.augment.crop
   c.objective.update(
@@ -117,10 +131,10 @@ def literal(c: ml_collections.ConfigDict) -> None:
       transition_weight=0.0, head=dict(pool="cls", hidden=0, dropout=0.0),
   )
   c.optimizer.update(
-      learning_rate=5e-5, learning_rate_batch=8, final_fraction=1e-7 / 5e-5,
+      learning_rate=5e-5, learning_rate_batch=16, final_fraction=1e-7 / 5e-5,
       weight_decay=0.01, layer_decay=1.0,
   )
-  c.train.update(batch_size=8, accum=2)
+  c.train.update(batch_size=16, accum=2)
 
 
 def smoke(c: ml_collections.ConfigDict) -> None:

@@ -187,3 +187,34 @@ def test_losses_over_time_need_two_time_points():
 def test_a_moving_average_is_not_started_from_elsewhere():
   found = faults_of(changed("oct_multi", train__start_from="runs/other"))
   assert any("train.start_from: 'runs/other' with objective 'vjepa'" in f for f in found)
+
+
+@pytest.mark.parametrize("name", ["worm_stages", "oct_diagnosis"])
+def test_a_frozen_encoder_drops_no_block(name):
+  assert load(name, "frozen").model.drop_path == 0.0
+  assert load(name).model.drop_path == load(name, "scratch").model.drop_path == 0.1
+
+
+def test_the_literal_recipe_steps_at_its_batch_and_rate():
+  config = load("worm_stages", "literal")
+  train, optimizer = config.train, config.optimizer
+  assert (train.batch_size, train.accum) == (16, 2)  # 8 rows, twice
+  plain = config_lib.as_plain(config)["optimizer"]
+  del plain["warmup_percent"]
+  built = config_lib.build_optimizer(
+      **plain, batch_size=train.batch_size, total_steps=100, warmup_steps=10
+  )
+  rates = [float(built.learning_rate(step)) for step in range(100)]
+  assert max(rates) == pytest.approx(5e-5) == optimizer.learning_rate
+
+
+@pytest.mark.parametrize("changes", [
+    dict(
+        data__filters__participant=("embryo1",), data__split_column="",
+        data__clip__time_blocks=10,
+    ),
+    dict(data__stages__sources=("counts",), train__best_metric="stages.accuracy"),
+])
+def test_ways_out_of_answers_for_one_embryo_are_sound(changes):
+  config = changed("worm_stages", "literal", data__manifest="manifest.tsv", **changes)
+  config_lib.check_config(config)

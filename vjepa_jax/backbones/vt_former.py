@@ -62,8 +62,9 @@ class VTFormer(nn.Module):
       patches have no inverse, hence nothing can be reconstructed from them.
     pad: whether an axis that its patch does not divide gets zeros at its end;
       otherwise it is refused. `Features.grid.valid()` says what is real.
-    positions: "learned" (a table of places and one of times), "sincos" (fixed) or
-      "none".
+    positions: "learned" (a table of places and one of times), "sincos" (fixed; its
+      channels are shared among the axes with more than one token, which must
+      therefore stay the same from one use of the parameters to the next) or "none".
     position_units, position_reference: of "sincos": "index", a patch is a step; or
       "mm", a place is index * patch * spacing / reference, with (T, Z, Y, X) what
       counts as a step in s and mm: (60.0, 0.001, 0.001, 0.001) for minutes and um.

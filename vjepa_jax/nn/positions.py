@@ -192,7 +192,10 @@ def sincos(
 
 
 def sincos_table(dims: tuple[int, ...], width: int) -> np.ndarray:
-  """Returns `sincos` of a grid's axes that have more than one token, [N, D]."""
+  """Returns `sincos` of a grid's axes that have more than one token, [N, D].
+
+  As of `sincos_at`: where other axes have more than one, the channels mean others.
+  """
   return sincos(tuple(size for size in dims if size > 1), width)
 
 
@@ -211,7 +214,8 @@ def sincos_at(coords: jax.Array, width: int) -> jax.Array:
   """Returns sines and cosines of coordinates, float32 [..., D].
 
   Equal shares of the channels for each axis, rounded up and cut to D, each of the
-  frequencies of `sincos`.
+  frequencies of `sincos`. With another number of axes every axis has other channels:
+  what was learned from clips does not know the places of single time points.
 
   Args:
     coords: float32 [..., A], one column an axis that counts; A may be 0.
