@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from vjepa_jax import config as config_lib
@@ -141,6 +142,14 @@ def test_a_fingerprint_is_of_all_that_decides_the_numbers(monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(precompile, "_versions", lambda *packages: {"libtpu": "another"})
     assert digest() != first
+  with monkeypatch.context() as patch:
+    patch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=4096")
+    assert digest() != first
+  jax.config.update("jax_optimization_level", "O1")
+  try:
+    assert digest() != first
+  finally:
+    jax.config.update("jax_optimization_level", "UNKNOWN")
   text = pathlib.Path.read_text
   with monkeypatch.context() as patch:
     patch.setattr(pathlib.Path, "read_text", lambda p, **o: text(p, **o) + p.name)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import sys
 import time
@@ -30,6 +31,14 @@ from vjepa_jax.config import programs
 LABEL = "compiler estimate, not a measurement"
 # Its table is opened by a run, not here.
 _ABOUT_DATA = "data.manifest"
+# What else a compiler goes by, beside the program.
+_ENVIRONMENT = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
+_COMPILER_OPTIONS = (
+    "jax_optimization_level", "jax_exec_time_optimization_effort",
+    "jax_memory_fitting_level", "jax_memory_fitting_effort",
+    "jax_disable_most_optimizations", "jax_compiler_enable_remat_pass",
+    "jax_use_shardy_partitioner", "jax_enable_pgle",
+)
 
 
 def precompile(
@@ -103,9 +112,10 @@ def fingerprint(
 ) -> str:
   """Returns a digest of all that decides what `precompile` finds; compiles nothing.
 
-  It is of the step's program (without the places of its source), the devices in their
-  order, the compiler's version and the code that reads what the compiler says. Where
-  two are equal, so are bytes, estimated times and collectives. Takes seconds.
+  It is of the step's program with its names (not the places of its source), the
+  devices in their order, the compiler's version and options, and the code that reads
+  what the compiler says. Where two are equal, so are bytes, estimated times and
+  collectives. Takes seconds.
 
   Args:
     config, topology_name, batch_per_chip: as of `precompile`.
@@ -120,12 +130,18 @@ def fingerprint(
   try:
     program = programs.step_program(
         plain, mesh, platform="tpu", batch_size=plain["train"]["batch_size"]
-    ).lower().as_text()
+    ).lower().as_text(debug_info=True)
   finally:
     jax.config.update("jax_traceback_in_locations_limit", limit)
-  readers = sorted(pathlib.Path(compiler.__file__).parent.glob("*.py"))
+  readers = [
+      *sorted(pathlib.Path(compiler.__file__).parent.glob("*.py")),
+      pathlib.Path(__file__),
+  ]
   decisive = (
-      slice_.name, [d.id for d in mesh.devices.flat], _versions("jaxlib", "libtpu"),
+      slice_.name, [d.id for d in mesh.devices.flat],
+      _versions("jax", "jaxlib", "libtpu"),
+      {name: os.environ.get(name, "") for name in _ENVIRONMENT},
+      {name: repr(jax.config.values.get(name)) for name in _COMPILER_OPTIONS},
       program, [path.read_text(encoding="utf-8") for path in readers],
   )
   return hashlib.sha256(repr(decisive).encode()).hexdigest()
