@@ -331,9 +331,23 @@ def test_positions_in_mm_quarantine_recordings_of_unknown_spacing(tmp_path):
       tmp_path, (8, 8, 8), [KNOWN_SPACING, KNOWN_SPACING, NO_SPACING]
   )
   assert not config_lib.open_data(plain, say=lambda text: None).quarantine
-  plain["model"]["rope_units"] = "mm"
-  (bad,) = config_lib.open_data(plain, say=lambda text: None).quarantine
-  assert bad.reason == "missing_spacing" and bad.path.endswith("2.npy")
+  for part in (plain["model"], plain["objective"]["predictor"]):
+    part["rope_units"] = "mm"
+    (bad,) = config_lib.open_data(plain, say=lambda text: None).quarantine
+    assert bad.reason == "missing_spacing" and bad.path.endswith("2.npy")
+    part["rope_units"] = "index"
+
+
+def test_positions_in_minutes_need_the_time_step_where_time_has_places():
+  options = lambda plain: units.data_options(plain, say=lambda text: None)
+  plain = config_lib.as_plain(load("worm_mae"))
+  plain["data"]["manifest"] = "movies.tsv"
+  plain["model"]["position_units"] = "index"
+  assert not options(plain)["require_time_step"]
+  plain["model"]["position_units"] = "mm"
+  assert options(plain)["require_time_step"]
+  plain["augment"]["crop"] = (1, *units.data_voxels(plain)[1:])
+  assert options(plain)["require_spacing"] and not options(plain)["require_time_step"]
 
 
 def with_data(**changes):
@@ -463,3 +477,26 @@ def test_a_value_of_another_kind_is_a_fault_with_its_place(key, value, said):
   config["data"][key] = value
   found = [f for f in faults_of(config) if f.startswith(f"data.{key}")]
   assert any(said in fault for fault in found), found
+
+
+@pytest.mark.parametrize("patch, crop, said", [
+    (4, None, "with one token along T (T=4, patch 4)"),
+    (1, 1, "with one token along T (T=1, patch 1)"),
+    (2, 2, "with one token along T (T=2, patch 2)"),
+    (2, None, ""),
+])
+def test_losses_over_time_need_two_tokens_in_time(patch, crop, said):
+  """However many time points a clip has, for the model sees tokens of a crop."""
+  config = load("worm_stages", "tiny")
+  with config.unlocked(), config.ignore_type():
+    config.model.patch = (patch, *config.model.patch[1:])
+    if crop:
+      config.augment.crop = (crop, *config.data.canvas)
+    config.objective.smooth_weight = 0.1
+  if not said:
+    config_lib.check_config(config)
+    return
+  over_time = [f for f in faults_of(config) if "compares tokens" in f]
+  assert len(over_time) == 2  # of each loss
+  assert all(said in fault for fault in over_time)
+  assert over_time[0].startswith("objective.transition_weight: 0.1")

@@ -866,3 +866,15 @@ def test_what_is_wrong_with_a_whole_movie_is_told_of_each_of_its_files(write):
   data = open_clips(manifest, require_spacing=True)
   told = [(bad.path, bad.reason) for bad in data.quarantine]
   assert len(set(told)) == 8 and {reason for _, reason in told} == {"missing_spacing"}
+
+
+def test_an_unknown_time_step_is_bad_where_it_is_required(write):
+  manifest = write([8, 8])
+  assert not open_clips(manifest, require_time_step=True).quarantine
+  with open(manifest) as file:
+    text = file.read()
+  with open(manifest, "w") as file:
+    file.write(text.replace("\t60\t", "\t\t", 1))
+  assert not open_clips(manifest).quarantine
+  with pytest.raises(DataError, match="8 missing_spacing .*time_step_s is unknown"):
+    open_clips(manifest, require_time_step=True)

@@ -40,9 +40,11 @@ def make_backbone(name="vit", patch=(1, 2, 4, 4), **options):
 
 
 def make(backbone="vit", patch=(1, 2, 4, 4), class_token=False, drop_path=0.0,
-         depth=1, classes=K, **objective):
+         depth=1, classes=K, stride=None, **objective):
+  strided = {} if stride is None else {"stride": stride}
   encoder = make_backbone(
-      backbone, patch=patch, class_token=class_token, drop_path=drop_path, depth=depth
+      backbone, patch=patch, class_token=class_token, drop_path=drop_path, depth=depth,
+      **strided,
   )
   return classify.Classify(encoder, classes, **objective)
 
@@ -219,6 +221,77 @@ def test_a_movie_that_no_patch_divides_has_logits_of_its_own_frames_only():
   assert found.shape == (4, 4, K)
   np.testing.assert_array_equal(found[:, 0], found[:, 2])
   assert np.abs(found[:, 2] - found[:, 3]).max() > 1e-3
+
+
+@pytest.mark.parametrize("patch, stride, wanted", [
+    ((2, 4, 4, 4), (1, 4, 4, 4), [0, 1, 2, 3, 4, 4]),
+    ((3, 4, 4, 4), (2, 4, 4, 4), [0, 0, 1, 1, 2, 2]),
+    ((2, 4, 4, 4), None, [0, 0, 1, 1, 2, 2]),
+    ((1, 4, 4, 4), None, [0, 1, 2, 3, 4, 5]),
+])
+def test_a_time_point_has_the_logits_of_the_token_that_begins_last_before_it(
+    patch, stride, wanted
+):
+  objective = make("vt_former", patch=patch, stride=stride, labels="frame_label")
+  rng = np.random.default_rng(0)
+  batch = make_batch(rows=2) | {
+      "volume": jnp.asarray(rng.normal(size=(2, 6, 4, 8, 8, 1)), jnp.float32),
+  }
+  params, state = jax.jit(objective.init)(jax.random.key(0), batch)
+  params, functions = noisy(params), objective.functions()
+  found = jax.jit(functions["logits"])(params, state, batch)
+  features = jax.jit(functions["features"])(params, state, batch)
+  tokens, _ = objective._head.apply({"params": params["head"]}, features)
+  assert tokens.shape == (2, max(wanted) + 1, K) and found.shape == (2, 6, K)
+  np.testing.assert_allclose(found, tokens[:, np.array(wanted)], rtol=1e-5, atol=1e-6)
+  # The last time point is of the last token, and moves what the loss says.
+  label = jnp.full((2, 6), -1).at[:, 5].set(1)
+  loss = lambda batch: objective.loss(
+      params, state, batch, jax.random.key(0), train=False
+  )[0]
+  entropy = optax.softmax_cross_entropy_with_integer_labels(found[:, 5], label[:, 5])
+  np.testing.assert_allclose(
+      jax.jit(loss)(batch | {"frame_label": label}), entropy.mean(), rtol=1e-5
+  )
+
+
+def test_losses_over_time_compare_tokens_and_not_the_time_points_in_one():
+  c = case("over_time")  # Four time points, two tokens.
+  tokens = c.logits()[:, ::2]
+  chances = jax.nn.softmax(jnp.asarray(tokens))
+  allowed = classify.allowed_transitions(K, c.batch["spacing"][:, 0], max_skip=1.0)
+  wanted = dict(
+      transition=classify.transition_loss(chances, allowed),
+      monotone=classify.monotone_loss(chances),
+      smooth=classify.smooth_loss(chances),
+  )
+  _, metrics, _ = c.loss()
+  for name, values in wanted.items():
+    np.testing.assert_allclose(metrics[name][0], values.sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", classify.OVER_TIME)
+@pytest.mark.parametrize("frames, patch", [(1, 1), (2, 2), (4, 4)])
+def test_losses_over_time_of_one_token_in_time_are_refused(name, frames, patch):
+  objective = make(patch=(patch, 2, 4, 4), labels="frame_label", **{name: 0.1})
+  two = make_batch()
+  one = two | {k: two[k][:, :frames] for k in ("volume", "frame_label")}
+  words = re.escape(f"objective.{name}: 0.1 with one token along T (T={frames}, patch")
+  with pytest.raises(ValueError, match=words):
+    jax.eval_shape(objective.init, jax.random.key(0), one)
+  if frames < 4:
+    params, state = jax.eval_shape(objective.init, jax.random.key(0), two)
+    loss = functools.partial(objective.loss, train=True)
+    with pytest.raises(ValueError, match=words):
+      jax.eval_shape(loss, params, state, one, jax.random.key(0))
+
+
+def test_one_token_in_time_is_well_without_losses_over_time():
+  objective = make(patch=(4, 2, 4, 4), labels="frame_label")
+  batch = make_batch()
+  params, state = jax.jit(objective.init)(jax.random.key(0), batch)
+  loss = jax.jit(functools.partial(objective.loss, train=True))
+  assert np.isfinite(loss(params, state, batch, jax.random.key(0))[0])
 
 
 def test_an_unknown_time_point_counts_for_nothing():

@@ -378,3 +378,35 @@ def test_a_schedule_that_climbs_again_is_refused_before_anything_is_written(tmp_
         options=loop.LoopOptions(total_steps=40, batch_size=16),
     )
   assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_over_many_batches_without_a_label(tmp_path):
+  data = toy.iterator(unlabelled=range(2, 10))
+  state = toy.run(
+      tmp_path, total_steps=12, data=data, objective=toy.Labelled(), validate=False,
+      max_skipped_in_row=3,
+  )
+  assert state.step == 12 and state.model_state["updates"] == 4
+  lines = [line for line in metrics.read(tmp_path) if "loss" in line]
+  assert [line["skipped"] for line in lines] == [0] * len(lines)
+  # Means are of the steps that had labels; between them there is none.
+  assert [line["loss"] is None for line in lines] == [False, True, True, False]
+
+
+def test_a_validation_without_labels_says_so():
+  def validation(**changes):
+    batches = [toy.batch() | {"label": np.full(16, -1)} | changes] * 2
+    return evaluate.Validation(
+        toy.Labelled(), toy.augment, sharding.make_mesh(), lambda: batches
+    )
+
+  draw = lambda key: init_state(
+      toy.Toy(), toy.optimizer(), toy.augment, toy.batch(), key
+  )
+  state = jax.jit(draw)(jax.random.key(0))
+  run = lambda one: dict(one.run(state.params, state.model_state))
+  with pytest.raises(ValueError, match=r"none of the 32 rows in 2 batch\(es\) has a label"):
+    run(validation())
+  with pytest.raises(ValueError, match="no batch had a row with _mask 1"):
+    run(validation(_mask=np.zeros(16, np.float32)))
+  assert run(validation(label=np.arange(16) - 8))["validation.loss"] > 0

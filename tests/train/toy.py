@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from typing import ClassVar
 
 import grain
 import jax
@@ -61,6 +62,21 @@ class Toy:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Labelled(Toy):
+  """The same, of the rows alone whose `label` is not negative."""
+
+  needs_labels: ClassVar[bool] = True
+
+  def loss(self, params, model_state, batch, key, *, train):
+    known = batch["_mask"] * (batch["label"] >= 0)
+    _, (model_state, metrics) = super().loss(
+        params, model_state, {**batch, "_mask": known}, key, train=train
+    )
+    total, weight = metrics["loss"]
+    return total / jnp.maximum(weight, 1.0), (model_state, metrics)
+
+
 def encode(params, rows):
   return jnp.tanh(rows @ params["kernel"] + params["bias"])
 
@@ -84,8 +100,11 @@ def batch(seed=0, rows=16):
   }
 
 
-def iterator(rows=16, seed=0, poison=(), pace_s=0.0):
-  """Endless batches by grain; those whose number is in `poison` hold NaN."""
+def iterator(rows=16, seed=0, poison=(), pace_s=0.0, unlabelled=None):
+  """Endless batches by grain; those whose number is in `poison` hold NaN.
+
+  With `unlabelled`, rows have labels, but for batches whose number is in it.
+  """
 
   def draw(index):
     time.sleep(pace_s / rows)
@@ -93,7 +112,10 @@ def iterator(rows=16, seed=0, poison=(), pace_s=0.0):
     volume = rng.integers(0, 256, (1, 2, 4, 4, 1)).astype(np.float32)
     if index // rows in poison:
       volume[:] = np.nan
-    return {"volume": volume, "_mask": np.float32(1)}
+    row = {"volume": volume, "_mask": np.float32(1)}
+    if unlabelled is not None:
+      row["label"] = np.int32(-1 if index // rows in unlabelled else 1)
+    return row
 
   data = grain.MapDataset.range(10**6).map(draw)
   return iter(data.to_iter_dataset().batch(rows))
@@ -112,12 +134,13 @@ def optimizer(total_steps=40, **options):
 
 
 def run(
-    workdir, *, total_steps=40, data=None, evaluators=None, validate=True, **options
+    workdir, *, total_steps=40, data=None, evaluators=None, validate=True,
+    objective=None, **options
 ):
   """Runs the loop on the toy; returns the last state."""
   options = {"log_every_steps": 3, "tensorboard": False, "batch_size": 16, **options}
   return loop.run(
-      objective=Toy(),
+      objective=objective or Toy(),
       optimizer=optimizer(total_steps),
       augment=augment,
       train_iterator=data or iterator(options["batch_size"]),

@@ -335,6 +335,53 @@ def test_foreground_finds_the_bright_band_and_leaves_nothing_out():
   np.testing.assert_allclose(flat, 1 / grid.tokens, rtol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("stride", [None, (1, 1, 3, 4)])
+@pytest.mark.parametrize("prior", [masks.texture, masks.foreground])
+def test_what_the_grid_pads_counts_for_nothing(prior, stride, channels):
+  """Weights are those of each patch's own voxels, computed one by one."""
+  grid = Grid((2, 5, 10, 9), (1, 2, 4, 4), padded=True, stride=stride)
+  rng = np.random.default_rng(0)
+  volume = rng.normal(2.0, 0.1, (2, *grid.voxels, channels)).astype(np.float32)
+  volume[:, :, 1:3, 2:6, 3:7] += rng.normal(1.0, 1.0, (2, 2, 2, 4, 4, channels))
+  step, of = stride or grid.patch, np.std if prior is masks.texture else np.mean
+  found = np.empty((2, *grid.dims))
+  for place in np.ndindex(*grid.dims):
+    own = tuple(
+        slice(i * s, i * s + p)  # cut at the volume's end
+        for i, s, p in zip(place, step, grid.patch, strict=True)
+    )
+    for row in range(2):
+      found[(row, *place)] = of(volume[(row, *own)])
+  if prior is masks.foreground:
+    found -= np.percentile(found, 25, axis=(1, 2, 3, 4), keepdims=True)
+    found = np.maximum(found, 0)
+    found = (found + found.mean(axis=(1, 2, 4), keepdims=True)) / 2
+  found = found.reshape(2, -1)
+  found = np.maximum(found, 0.1 * found.mean(axis=1, keepdims=True))
+  found /= found.sum(axis=1, keepdims=True)
+  weights = prior(jnp.asarray(volume), grid)
+  np.testing.assert_allclose(weights, found, rtol=2e-4, atol=1e-7)
+
+
+def test_an_even_volume_has_no_texture_at_the_edge_of_a_padded_grid():
+  rng = np.random.default_rng(0)
+  volume = jnp.asarray(rng.normal(2.0, 0.1, (1, 1, 4, 18, 18, 1)), jnp.float32)
+  grid = Grid((1, 4, 18, 18), (1, 2, 4, 4), padded=True)
+  weights = np.asarray(masks.texture(volume, grid)).reshape(grid.dims)
+  assert weights[:, :, -1].mean() < 1.2 * weights[:, :, :-1, :-1].mean()
+  assert weights[:, :, :, -1].mean() < 1.2 * weights[:, :, :-1, :-1].mean()
+
+
+@pytest.mark.parametrize("prior", [masks.texture, masks.foreground])
+def test_a_grid_that_may_pad_and_need_not_gives_the_same_weights(prior):
+  volume = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 4, 8, 8, 1)))
+  one, other = (
+      prior(volume, Grid((2, 4, 8, 8), (1, 2, 4, 4), padded)) for padded in (True, False)
+  )
+  np.testing.assert_array_equal(one, other)
+
+
 def test_foreground_blocks_hide_more_tissue_than_uniform_ones():
   grid = _grid((1, 2, 16, 16))
   weights = np.full((300, *grid.dims), 0.1, np.float32)

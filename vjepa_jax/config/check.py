@@ -60,6 +60,7 @@ def check_config(
       (("model",), _model_faults),
       (("data", "objective"), _objective_faults),
       (("data", "augment", "model", "objective"), _mask_faults),
+      (("data", "augment", "model", "objective"), _compared_faults),
       (("train", "optimizer"), _optimizer_faults),
       (
           ("train", "objective"),
@@ -122,7 +123,7 @@ def _keywords(section: str, options: Mapping[str, Any]) -> dict[str, bool]:
   if section == "data":
     known = names.without(
         names.parameters(pipeline.open_data), "seed", "quarantine", "progress", "host",
-        "require_spacing",
+        "require_spacing", "require_time_step",
     )
     return {**known, "split_column": False, "storage": False}
   if section == "augment":
@@ -440,7 +441,9 @@ def _table_faults(place: str, data: Mapping[str, Any]) -> list[str]:
   known = {f.name for f in dataclasses.fields(readers.ReadOptions)} - _SAID_ELSEWHERE
   faults += _keyword_faults(f"{place}.reader", reader, dict.fromkeys(known, False))
   faults += [f"{place}.reader: {fault}" for fault in readers.read_option_faults(reader)]
-  faults += [f"{place}.{fault}" for fault in ops.op_faults(data.get("ops", ()))]
+  faults += [f"{place}.{fault}" for fault in ops.op_faults(
+      data.get("ops", ()), of_movies=bool(data.get("clip"))
+  )]
   for key in ("filters", "exclude"):
     faults += _field_faults(f"{place}.{key}", data.get(key, ()))
   return faults
@@ -634,6 +637,21 @@ def _label_faults(plain: Mapping[str, Any]) -> list[str]:
         "'frame_label'"
     )
   return alone + _class_faults(options, data)
+
+
+def _compared_faults(plain: Mapping[str, Any]) -> list[str]:
+  """Losses over time where one token holds all the time points that the model sees."""
+  options = plain["objective"]
+  module = names.module_of("objective", options["name"])
+  given = {key: options.get(key) for key in getattr(module, "OVER_TIME", ())}
+  frames = (plain["data"].get("clip") or {}).get("frames", 1)
+  if frames == 1 or not any(given.values()):  # the former is said of the clip
+    return []
+  try:
+    grid = units.model_grid(plain)
+  except ValueError:  # reported as a fault of the geometry or the model
+    return []
+  return module.time_faults(grid, **given)
 
 
 def _class_faults(options: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:

@@ -77,7 +77,11 @@ def data_options(
   section.setdefault("min_size", tuple(plain["model"]["patch"][1:]))
   # Positions in mm of an unknown spacing would make every feature NaN.
   section["require_spacing"] = "mm" in (
-      plain["model"].get("rope_units"), plain["model"].get("position_units")
+      plain["model"].get("rope_units"), plain["model"].get("position_units"),
+      (plain["objective"].get("predictor") or {}).get("rope_units"),
+  )
+  section["require_time_step"] = (
+      section["require_spacing"] and model_grid(plain).dims[0] > 1
   )
   if given:
     section["sources"] = given

@@ -42,6 +42,7 @@ class Transform:
   min_size: tuple[int, int, int] = (1, 1, 1)
   max_voxels: int = readers.MAX_VOXELS
   require_spacing: bool = False
+  require_time_step: bool = False
   reader: Step = ()
   ops: tuple[Step, ...] = ()
   seed: int = 0
@@ -105,6 +106,11 @@ class Transform:
       raise ReadError(
           row.path, "missing_spacing",
           f"spacing in mm is {tuple(record.spacing[1:].tolist())}, and it is required",
+      )
+    if self.require_time_step and np.isnan(record.spacing[0]):
+      raise ReadError(
+          row.path, "missing_spacing", "time_step_s is unknown, and it is required",
+          "give time_step_s in the manifest or in data.reader",
       )
     return ops.resample(
         record, canvas=self.canvas, policy=self.resample, fov_mm=self.fov_mm,

@@ -198,6 +198,7 @@ def open_data(
     min_size: Sequence[int] = (1, 1, 1),
     max_voxels: int = readers.MAX_VOXELS,
     require_spacing: bool = False,
+    require_time_step: bool = False,
     validate: str = "read",
     max_bad_fraction: float = 0.05,
     max_lost_fraction: float = 0.05,
@@ -254,6 +255,7 @@ def open_data(
     min_size: (Z, Y, X) a recording must have, such as one patch.
     max_voxels: cap on a recording, before decoding and before resampling.
     require_spacing: whether a recording of unknown dz, dy or dx is bad.
+    require_time_step: whether one of unknown dt is.
     validate: "read" reads every file before the start; "lazy" finds bad files
       while training and skips them. A cache folder reads every file when filled.
     max_bad_fraction: above this share of bad files there is no run; it holds for
@@ -297,7 +299,8 @@ def open_data(
       filters=filters, exclude=exclude, max_records=max_records,
       train_participants=train_participants, modalities=modalities, colour=colour,
       min_size=min_size, max_voxels=max_voxels, require_spacing=require_spacing,
-      percentiles=percentiles, clip=clip, stages=stages,
+      require_time_step=require_time_step, percentiles=percentiles, clip=clip,
+      stages=stages,
   )
   parts = _joined_parts(planned)
   rows = [row for part in parts.values() for row in part]

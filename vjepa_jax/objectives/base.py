@@ -19,6 +19,9 @@ class Objective(Protocol):
   augmented), `spacing` float32 [B, 4], `_mask` float32 [B] (0 marks padding
   rows) and `_position` int32 [B], the row's place in the global batch: random
   draws are keyed by it, so that accumulation and device count change nothing.
+
+  An objective that learns from labels may set `needs_labels = True`: a batch may then
+  have none, weigh 0 and change nothing; of others that is a fault (`train.step`).
   """
 
   def init(self, key: jax.Array, batch: Batch) -> tuple[Params, ModelState]:

@@ -11,7 +11,7 @@ this library name such losses and give no formula.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import linen as nn
 import jax
@@ -21,6 +21,7 @@ import numpy as np
 from vjepa_jax.backbones.base import Backbone, Features, attention
 from vjepa_jax.nn import blocks, placement
 from vjepa_jax.objectives.base import Batch, Metrics, ModelState, Params
+from vjepa_jax.volumes.grid import Grid
 
 POOLS = ("mean", "max", "cls", "attention")
 LABELS = ("label", "frame_label")
@@ -122,11 +123,18 @@ class Classify:
     smooth_weight: of the square of the change of the probabilities.
     order_weight: of telling, from what is pooled of two time points of a clip, which
       is first: {before, same, after}.
+    needs_labels: True; a batch may hold no label, see `train.step`.
+
+  Where a token spans several time points they have one answer, and the losses over
+  time compare those of neighbouring tokens; a transition between two is held against
+  the time from one time point to the next, in which the answer changes.
 
   Raises:
     ValueError: for unknown names, values out of range, and options that do not go
-      together.
+      together; by `init` and `loss` where losses over time have nothing to compare.
   """
+
+  needs_labels: ClassVar[bool] = True
 
   backbone: Backbone
   classes: int
@@ -159,6 +167,7 @@ class Classify:
     spacing = batch["spacing"][:1]
     encoder = self.backbone.init(encoder_key, volume, spacing=spacing)["params"]
     features = self.backbone.apply({"params": encoder}, volume, spacing=spacing)
+    self._require_times(features.grid)
     head = self._head.init(head_key, features)["params"]
     params = {"encoder": encoder, "head": head}
     if self.order_weight:
@@ -183,11 +192,12 @@ class Classify:
     order_key, draw_key = jax.random.split(key)
     draw_key = jax.random.fold_in(draw_key, batch["_position"][0])
     drop_path, dropout = jax.random.split(draw_key)
-    logits, pooled = self._forward(
+    answers, pooled, grid = self._forward(
         params, batch, train=train, rngs={"drop_path": drop_path, "dropout": dropout}
     )
-    labels = batch[self.labels].reshape(len(logits), -1)
-    logits = logits.reshape(*labels.shape, self.classes)
+    self._require_times(grid)
+    labels = batch[self.labels].reshape(len(answers), -1)
+    logits = self._by_label(answers, grid).reshape(*labels.shape, self.classes)
     known = (labels >= 0).astype(jnp.float32)
     count = known.sum(axis=1)
     # A row without a label teaches nothing, and does not dilute the others.
@@ -195,7 +205,7 @@ class Classify:
     over_row = lambda x: (x * known).sum(axis=1) / jnp.maximum(count, 1.0)
     entropy = over_row(self._cross_entropy(logits, labels))
     right = ((logits.argmax(axis=-1) == labels) * known).sum(axis=1)
-    parts = self._over_time(params, logits, pooled, batch, order_key)
+    parts = self._over_time(params, answers, pooled, batch, order_key)
     total = entropy + sum(
         getattr(self, f"{name}_weight") * value for name, value in parts.items()
     )
@@ -228,7 +238,7 @@ class Classify:
     """
     return {
         "features": lambda params, state, batch: self._encode(params, batch),
-        "logits": lambda params, state, batch: self._forward(params, batch)[0],
+        "logits": lambda params, state, batch: self._logits(params, batch),
         "attention": lambda params, state, batch: attention(
             self.backbone, params["encoder"], batch["volume"],
             spacing=batch.get("spacing"),
@@ -242,15 +252,30 @@ class Classify:
     )
 
   def _forward(self, params, batch, *, train=False, rngs=None):
-    """Returns logits [B, (T,) K] and what is pooled, [B, (t,) D]."""
+    """Returns logits [B, (t,) K], what is pooled, [B, (t,) D], and the grid."""
     features = self._encode(params, batch, train=train, rngs=rngs)
     logits, pooled = self._head.apply(
         {"params": params["head"]}, features, train=train, rngs=rngs
     )
-    if self._by_frame:  # A patch may span several time points.
-      frames = batch["volume"].shape[1]
-      logits = jnp.repeat(logits, features.grid.patch[0], axis=1)[:, :frames]
-    return logits, pooled
+    return logits, pooled, features.grid
+
+  def _logits(self, params, batch) -> jax.Array:
+    logits, _, grid = self._forward(params, batch)
+    return self._by_label(logits, grid)
+
+  def _by_label(self, logits: jax.Array, grid: Grid) -> jax.Array:
+    """[B, t, K] to [B, T, K]: time points that share a token share its logits."""
+    times, frames = grid.dims[0], grid.voxels[0]
+    # As they are: over a mesh, picking all of them would gather what is shared.
+    if not self._by_frame or times == frames:
+      return logits
+    step = (grid.stride or grid.patch)[0]
+    return logits[:, np.minimum(np.arange(frames) // step, times - 1)]
+
+  def _require_times(self, grid: Grid) -> None:
+    faults = time_faults(grid, **{name: getattr(self, name) for name in OVER_TIME})
+    if faults:
+      raise ValueError("; ".join(faults))
 
   def _cross_entropy(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
     """[B, F, K] and [B, F] to [B, F]; of unknown labels some number."""
@@ -264,7 +289,7 @@ class Classify:
     return entropy * weights[jnp.maximum(labels, 0)]
 
   def _over_time(self, params, logits, pooled, batch, key) -> dict[str, jax.Array]:
-    """Returns name -> [B], the losses over time that have a weight."""
+    """Returns name -> [B] of logits [B, t, K]: the losses over time with a weight."""
     found = {}
     if not self._by_frame:
       return found
@@ -466,6 +491,23 @@ def pair_faults(
         f"objective.head.heads: {heads} does not divide the width {backbone.width}"
     )
   return faults
+
+
+def time_faults(grid: Grid, **options: Any) -> list[str]:
+  """Says which losses over time have nothing to compare.
+
+  Args:
+    grid: of the volumes that the model sees.
+    options: of the objective.
+  """
+  if grid.dims[0] > 1:
+    return []
+  return [
+      f"objective.{name}: {options[name]} with one token along T (T={grid.voxels[0]}, "
+      f"patch {grid.patch[0]}); it compares tokens in time, give clips of two or more, "
+      "or a smaller patch along T"
+      for name in OVER_TIME if options.get(name)
+  ]
 
 
 def _weight_faults(class_weights, balance_classes, classes) -> list[str]:

@@ -90,14 +90,22 @@ class Validation:
     """Yields ("validation.loss", mean over real rows) and the other metrics.
 
     Raises:
-      ValueError: there was no batch, or no row with `_mask` 1.
+      ValueError: there was no batch, no row with `_mask` 1, or none with a label.
     """
     total: metrics_lib.Sums = {}
+    batches = rows = 0
     for batch in itertools.islice(self._batches(), self._limit):
       _before_batch.get()()
+      batches, rows = batches + 1, rows + int(np.sum(batch["_mask"]))
       metrics = self._step(params, model_state, sharding.put_common_batch(batch, self._mesh))
       total = metrics_lib.merge(total, jax.device_get(metrics))
     if not total.get("loss", (0.0, 0.0))[1]:
+      if rows:
+        raise ValueError(
+            f"validation: none of the {rows} rows in {batches} batch(es) has a label, "
+            "so that there is no loss to tell; put labelled records into the "
+            "validation split, raise train.validation_batches, or set no eval_batches"
+        )
       raise ValueError(
           "validation: no batch had a row with _mask 1; give the validation split at "
           "least one record, or no eval_batches"

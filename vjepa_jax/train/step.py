@@ -22,16 +22,26 @@ def make_train_step(
   gradient leaves parameters, optimiser and model state as they were; the step is
   counted all the same, in `step` and in `skipped`.
 
+  A batch without any label, of an objective that has `needs_labels`, leaves them so
+  as well: no weight decay, no moment, no EMA, for there was nothing to learn. Such a
+  step counts in `step`, by which schedules go, but not in `skipped`, for nothing is
+  wrong with it. Without labels is the whole batch, of all micro-batches and hosts.
+
   Args:
-    objective: `loss` is called once a micro-batch, `after_update` once a step.
+    objective: `loss` is called once a micro-batch, `after_update` once a step. Where
+      it has a true `needs_labels`, a batch may weigh 0, and its loss is finite then;
+      of others a batch of weight 0 counts as non-finite.
     optimizer: of `optim.make_optimizer`.
     augment: called on every micro-batch with train=True.
     accum: micro-batches a step; must divide the batch.
 
   Returns:
     A function of (state, host batch [B, ...]). Its metrics are the objective's
-    (weight 0 when skipped) and grad_norm (before clipping), clipped, nonfinite.
+    (weight 0 when nothing changed) and grad_norm (before clipping), clipped,
+    nonfinite.
   """
+  # Static: others keep the program, and the compiled one, that they have.
+  needs_labels = getattr(objective, "needs_labels", False)
 
   def micro_step(carry, batch, *, state, keys):
     grads, model_state = carry
@@ -54,6 +64,9 @@ def make_train_step(
     )
     metrics = jax.tree.map(lambda values: values.sum(axis=0), metrics)
     total, weight = metrics["loss"]
+    idle = weight == 0 if needs_labels else None  # NaN is not 0.
+    if needs_labels:
+      weight = jnp.where(idle, 1.0, weight)
     grads = jax.tree.map(lambda g: g / weight, grads)
     updates, opt_state, info = optimizer.update(
         grads, state.opt_state, state.params, step=state.step
@@ -62,8 +75,9 @@ def make_train_step(
     model_state = objective.after_update(params, model_state, state.step)
 
     finite = jnp.isfinite(total / weight) & jnp.isfinite(info["grad_norm"])
+    changed = finite & ~idle if needs_labels else finite
     keep = lambda new, old: jax.tree.map(
-        lambda n, o: jnp.where(finite, n, o), new, old
+        lambda n, o: jnp.where(changed, n, o), new, old
     )
     row, skipped = state.skipped
     state = state.replace(
@@ -73,7 +87,7 @@ def make_train_step(
         opt_state=keep(opt_state, state.opt_state),
         skipped=jnp.stack([jnp.where(finite, 0, row + 1), skipped + ~finite]),
     )
-    return state, _step_metrics(metrics, info, finite)
+    return state, _step_metrics(metrics, info, finite, changed)
 
   return step
 
@@ -104,9 +118,12 @@ def _split(batch: Batch, accum: int) -> Batch:
 
 
 def _step_metrics(
-    metrics: Metrics, info: dict[str, jax.Array], finite: jax.Array
+    metrics: Metrics,
+    info: dict[str, jax.Array],
+    finite: jax.Array,
+    changed: jax.Array,
 ) -> Metrics:
-  zero = lambda value: jnp.where(finite, value, 0.0)
+  zero = lambda value: jnp.where(changed, value, 0.0)
   metrics = {name: (zero(s), zero(w)) for name, (s, w) in metrics.items()}
   for name, value in info.items():
     metrics[name] = (zero(value), zero(1.0))

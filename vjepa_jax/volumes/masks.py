@@ -388,7 +388,7 @@ def foreground(volume: jax.Array, grid: Grid) -> jax.Array:
   A token weighs by its mean intensity above the volume's lower quarter, half by
   its own and half by that of its whole row of depth (same y), so that dark
   lesions inside bright layers count as tissue. No token weighs less than a tenth
-  of the average.
+  of the average. Voxels that the grid pads count for nothing.
 
   Args:
     volume: float [B, T, Z, Y, X, C].
@@ -397,7 +397,8 @@ def foreground(volume: jax.Array, grid: Grid) -> jax.Array:
   Returns:
     float32 [B, N], each row summing to 1.
   """
-  level = grid.patchify(volume).astype(jnp.float32).mean(axis=-1)  # [B, N]
+  patches = grid.patchify(volume).astype(jnp.float32)
+  level = patches.mean(axis=-1, where=_real(volume, grid))  # [B, N]
   level = jax.nn.relu(level - jnp.percentile(level, 25, axis=1, keepdims=True))
   cells = level.reshape(-1, *grid.dims)  # [B, t, z, y, x]
   rows = cells.mean(axis=(1, 2, 4), keepdims=True)
@@ -411,7 +412,8 @@ def foreground(volume: jax.Array, grid: Grid) -> jax.Array:
 def texture(volume: jax.Array, grid: Grid) -> jax.Array:
   """Says where something is to be seen, by the spread of voxels in every token.
 
-  No token weighs less than a tenth of the average.
+  No token weighs less than a tenth of the average. Voxels that the grid pads count
+  for nothing: beside real ones they would look like an edge.
 
   Args:
     volume: float [B, T, Z, Y, X, C].
@@ -420,10 +422,18 @@ def texture(volume: jax.Array, grid: Grid) -> jax.Array:
   Returns:
     float32 [B, N], each row summing to 1.
   """
-  spread = grid.patchify(volume).astype(jnp.float32).std(axis=-1)  # [B, N]
+  patches = grid.patchify(volume).astype(jnp.float32)
+  spread = patches.std(axis=-1, where=_real(volume, grid))  # [B, N]
   mean = spread.mean(axis=1, keepdims=True)
   weight = jnp.maximum(jnp.where(mean > 0, spread, 1), 0.1 * mean)
   return weight / weight.sum(axis=1, keepdims=True)
+
+
+def _real(volume: jax.Array, grid: Grid) -> np.ndarray | None:
+  """Which values of each patch are of the volume, bool [N, P]; None: all."""
+  valid = grid.valid() if grid.padded else np.ones(1, bool)
+  # Channels lie innermost.
+  return None if valid.all() else np.repeat(valid, volume.shape[-1], axis=-1)
 
 
 _PRIORS = {"foreground": foreground, "texture": texture}
