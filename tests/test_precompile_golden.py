@@ -31,9 +31,9 @@ KEPT = ("peak_gib_per_chip", "step_ms_bound")
 TOLERANCE = 0.03
 # Also written, to be read by people; they follow from the two above.
 TOLD = (
-    "fingerprint", "config", "topology", "batch_per_chip", "temp_gib", "argument_gib", "non_kernel_ms",
-    "kernel_ms", "mfu_bound", "model_tflop_per_step", "collective_bytes", "versions",
-    "label",
+    "fingerprint", "config", "topology", "batch_per_chip", "temp_gib", "argument_gib",
+    "non_kernel_ms", "kernel_ms", "mfu_bound", "model_tflop_per_step",
+    "collective_bytes", "versions", "label",
 )
 
 

@@ -16,7 +16,7 @@ of reach for too long; 76 another process was lost or never came; 143 or 130 sto
 by SIGTERM or SIGINT after saving. After 75, 76, 143 and 130 the same command goes on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import functools
@@ -37,12 +37,10 @@ from vjepa_jax import config as config_lib
 from vjepa_jax.config import preflight
 from vjepa_jax.data import pipeline, storage
 from vjepa_jax.data.record import DataError, ReadError
-from vjepa_jax.nn import positions
 from vjepa_jax.report import summary
 from vjepa_jax.train import checkpoint, fit, hosts, lifeline, loop, metrics, watch
 from vjepa_jax.train import state as state_lib
 from vjepa_jax.train import workdir as workdir_lib
-from vjepa_jax.volumes.grid import AXES, Grid
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "FILE.py[:ARG] of the experiment; --config.KEY=VALUE overrides.",
@@ -280,48 +278,10 @@ def _check_start(plain: Mapping[str, Any]) -> None:
     content = workdir_lib.read_bytes(workdir_lib.open_path(source) / "config.json")
     fault = (
         f"{source} holds no config.json; it is no run's workdir" if content is None
-        else _positions_fault(source, json.loads(content), plain)
+        else config_lib.positions_fault(source, json.loads(content), plain)
     )
   if fault:
     raise config_lib.ConfigError(plain["name"], [f"train.start_from: {fault}"])
-
-
-def _positions_fault(
-    source: str, theirs: Mapping[str, Any], plain: Mapping[str, Any]
-) -> str:
-  """Says why the fixed positions of two runs differ, "" where they do not.
-
-  Sines and cosines have no parameters whose shapes could tell it.
-  """
-  if not all(c["model"].get("positions") == "sincos" for c in (theirs, plain)):
-    return ""
-  grids = [_grid_of_positions(c) for c in (theirs, plain)]
-  there, here = (
-      [AXES[axis] for axis in positions.active_axes(grid.dims)] for grid in grids
-  )
-  if there == here:
-    return ""
-  differing = [axis for axis in AXES if (axis in there) != (axis in here)]
-  return (
-      f"{source} has model.positions 'sincos', whose channels are shared out among the "
-      f"axes with more than one token: {_listed(there)} there {tuple(grids[0].dims)}, "
-      f"{_listed(here)} here {tuple(grids[1].dims)} (T, Z, Y, X), so that its encoder "
-      "would take places for others; keep at least two tokens along "
-      f"{_listed(differing)} in both runs, or pre-train with model.positions='learned' "
-      "and name the voxels of its tables here (model.table_voxels)"
-  )
-
-
-def _grid_of_positions(plain: Mapping[str, Any]) -> Grid:
-  """Returns the grid that the encoder's fixed positions are computed for."""
-  model = plain["model"]
-  if model["name"] == "vit" and model.get("table_voxels"):  # resampled to the grid
-    plain = {**plain, "augment": {**plain["augment"], "crop": model["table_voxels"]}}
-  return config_lib.model_grid(plain)
-
-
-def _listed(axes: Sequence[str]) -> str:
-  return ", ".join(axes) or "none"
 
 
 def _start(plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import pathlib
 import pickle
 
 import numpy as np
@@ -65,6 +66,11 @@ def write(tmp_path):
     return str(path)
 
   return write_all
+
+
+def rewrite(manifest, old, new, count=-1):
+  path = pathlib.Path(manifest)
+  path.write_text(path.read_text().replace(old, new, count))
 
 
 def open_clips(manifest, **options):
@@ -836,10 +842,7 @@ def test_the_time_step_is_the_movie_s_not_that_of_a_file(write, tmp_path):
         resolution=(1.0, 1.0),
     )
   assert open_clips(manifest).splits["train"][0].spacing[0] == 60
-  with open(manifest) as file:
-    text = file.read()
-  with open(manifest, "w") as file:
-    file.write(text.replace("\t60\t", "\t\t"))
+  rewrite(manifest, "\t60\t", "\t\t")
   assert math.isnan(open_clips(manifest).splits["train"][0].spacing[0])
 
 
@@ -859,10 +862,7 @@ def test_a_time_point_of_another_type_is_bad(write, tmp_path):
 
 def test_what_is_wrong_with_a_whole_movie_is_told_of_each_of_its_files(write):
   manifest = write([8, 8, 8])
-  with open(manifest) as file:
-    text = file.read()
-  with open(manifest, "w") as file:
-    file.write(text.replace("[0.002, 0.001, 0.001]", "", 1))
+  rewrite(manifest, "[0.002, 0.001, 0.001]", "", 1)
   data = open_clips(manifest, require_spacing=True)
   told = [(bad.path, bad.reason) for bad in data.quarantine]
   assert len(set(told)) == 8 and {reason for _, reason in told} == {"missing_spacing"}
@@ -871,10 +871,7 @@ def test_what_is_wrong_with_a_whole_movie_is_told_of_each_of_its_files(write):
 def test_an_unknown_time_step_is_bad_where_it_is_required(write):
   manifest = write([8, 8])
   assert not open_clips(manifest, require_time_step=True).quarantine
-  with open(manifest) as file:
-    text = file.read()
-  with open(manifest, "w") as file:
-    file.write(text.replace("\t60\t", "\t\t", 1))
+  rewrite(manifest, "\t60\t", "\t\t", 1)
   assert not open_clips(manifest).quarantine
   with pytest.raises(DataError, match="8 missing_spacing .*time_step_s is unknown"):
     open_clips(manifest, require_time_step=True)

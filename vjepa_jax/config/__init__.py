@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from vjepa_jax.config import names, programs, units
-from vjepa_jax.config.check import ConfigError, check_config
+from vjepa_jax.config.check import ConfigError, check_config, positions_fault
 from vjepa_jax.config.names import as_plain, duration, in_steps, load
 from vjepa_jax.config.programs import objective_and_optimizer
 from vjepa_jax.config.units import (
@@ -33,7 +33,7 @@ from vjepa_jax.volumes.grid import Grid
 __all__ = [
     "ConfigError", "Experiment", "as_plain", "build", "build_objective",
     "build_optimizer", "check_config", "duration", "in_steps", "load", "model_grid",
-    "open_data", "phantom_manifest",
+    "open_data", "phantom_manifest", "positions_fault",
 ]
 
 

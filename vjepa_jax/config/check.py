@@ -15,9 +15,10 @@ from vjepa_jax.config import names, units
 from vjepa_jax.data import clips, ops, pipeline, readers, stages, storage
 from vjepa_jax.data import manifest as manifest_lib
 from vjepa_jax.data import mixture as mixture_lib
+from vjepa_jax.nn import positions
 from vjepa_jax.train import loop, sharding
 from vjepa_jax.volumes import augment, masks
-from vjepa_jax.volumes.grid import grid_faults
+from vjepa_jax.volumes.grid import AXES, Grid, grid_faults
 
 SECTIONS = ("data", "augment", "model", "objective", "optimizer", "train", "evals")
 WANDB = ("project", "entity", "name", "mode", "tags", "group", "notes")
@@ -652,6 +653,44 @@ def _compared_faults(plain: Mapping[str, Any]) -> list[str]:
   except ValueError:  # reported as a fault of the geometry or the model
     return []
   return module.time_faults(grid, **given)
+
+
+def positions_fault(
+    source: str, theirs: Mapping[str, Any], plain: Mapping[str, Any]
+) -> str:
+  """Says why the fixed positions of two runs differ, "" where they do not.
+
+  Sines and cosines have no parameters whose shapes could tell it.
+
+  Args:
+    source: the workdir of the run to start from.
+    theirs, plain: the configs of that run and of this one.
+  """
+  if not all(c["model"].get("positions") == "sincos" for c in (theirs, plain)):
+    return ""
+  grids = [_grid_of_positions(c) for c in (theirs, plain)]
+  there, here = (
+      [AXES[axis] for axis in positions.active_axes(grid.dims)] for grid in grids
+  )
+  if there == here:
+    return ""
+  differing = [axis for axis in AXES if (axis in there) != (axis in here)]
+  return (
+      f"{source} has model.positions 'sincos', whose channels are shared out among the "
+      f"axes with more than one token: {', '.join(there) or 'none'} there {tuple(grids[0].dims)}, "
+      f"{', '.join(here) or 'none'} here {tuple(grids[1].dims)} (T, Z, Y, X), so that its encoder "
+      "would take places for others; keep at least two tokens along "
+      f"{', '.join(differing)} in both runs, or pre-train with model.positions='learned' "
+      "and name the voxels of its tables here (model.table_voxels)"
+  )
+
+
+def _grid_of_positions(plain: Mapping[str, Any]) -> Grid:
+  """Returns the grid that the encoder's fixed positions are computed for."""
+  model = plain["model"]
+  if model["name"] == "vit" and model.get("table_voxels"):  # resampled to the grid
+    plain = {**plain, "augment": {**plain["augment"], "crop": model["table_voxels"]}}
+  return units.model_grid(plain)
 
 
 def _class_faults(options: Mapping[str, Any], data: Mapping[str, Any]) -> list[str]:

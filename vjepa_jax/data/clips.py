@@ -550,14 +550,16 @@ class _Tally:
     self._losses: stages_lib.Losses = collections.Counter()
     self._without: list[str] = []
     self._warned: list[str] = []
-    self._counts = {name: collections.Counter() for name in splits}
-    self._shown = {name: collections.Counter() for name in splits}
+    self._clear()
+
+  def _clear(self) -> None:
+    self._counts = {name: collections.Counter() for name in self.splits}
+    self._shown = {name: collections.Counter() for name in self.splits}
 
   def afresh(self) -> "_Tally":
     """Returns one that knows the movies and has counted no clip."""
     other = copy.copy(self)
-    other._counts = {name: collections.Counter() for name in self.splits}
-    other._shown = {name: collections.Counter() for name in self.splits}
+    other._clear()
     return other
 
   def stages_of(self, movie: Movie) -> dict[str, stages_lib.Stages] | None:

@@ -96,12 +96,13 @@ class Transform:
     return record
 
   def _to_canvas(self, row: Row, record: Record) -> Record:
-    for op in self._ops:
+    if self._ops:
       # One draw a recording or movie, whenever and wherever it is read: what should
       # differ from epoch to epoch is drawn on the device.
       whole = _frames_of(row)[0] if row.window else row
-      draw = np.random.default_rng([self.seed, zlib.crc32(whole.id.encode())])
-      record = op(record, draw)
+      place = zlib.crc32(whole.id.encode())
+    for op in self._ops:
+      record = op(record, np.random.default_rng([self.seed, place]))
     if self.require_spacing and np.isnan(record.spacing[1:]).any():
       raise ReadError(
           row.path, "missing_spacing",
@@ -250,8 +251,7 @@ def _frames_of(row: Row) -> list[Row]:
 
 def _kind_of(record: Record) -> tuple[tuple[int, ...], str]:
   """Returns what all time points of a movie have in common: shape and type."""
-  stored = record.meta.get("stored_type") or record.volume.dtype
-  return record.volume.shape[1:], str(stored)
+  return record.volume.shape[1:], record.stored_type
 
 
 def _find_window(transform: Transform, row: Row) -> Window:

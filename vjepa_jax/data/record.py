@@ -117,6 +117,11 @@ class Record:
           "and std not negative"
       )
 
+  @property
+  def stored_type(self) -> str:
+    """The type of the voxels in the file, which may be another one here."""
+    return str(self.meta.get("stored_type", self.volume.dtype))
+
   def _check_volume(self):
     volume = self.volume
     if not isinstance(volume, np.ndarray) or volume.ndim != 5:

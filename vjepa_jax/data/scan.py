@@ -45,7 +45,8 @@ _HEAD_BYTES = 1 << 16
 _MAX_HEAD_BYTES = 1 << 26
 # One digit is enough in `images` alone: elsewhere _t1 and _t2 may be weightings.
 _TIME_POINT = re.compile(
-    r"(.+?)(?:/images/([^/]*)_t\d+|/([^/]*)_t\d\d+)(?:\.ome)?\.(?:tiff?|btf)", re.IGNORECASE
+    r"(.+?)(?:/images/([^/]*)_t\d+|/([^/]*)_t\d\d+)(?:\.ome)?\.(?:tiff?|btf)",
+    re.IGNORECASE,
 )
 _PARTICIPANT = r"(?:^|/)sub-([^/_]+)"
 # A file's header may say it in words for people; these are for tables.

@@ -189,7 +189,7 @@ def _check(record: Record, first: Record, path: str) -> None:
     )
   for what, mine, wanted in (
       ("shape", record.volume.shape[1:], first.volume.shape[1:]),
-      ("type", _stored(record), _stored(first)),
+      ("type", record.stored_type, first.stored_type),
   ):
     if mine != wanted:
       raise ReadError(
@@ -202,10 +202,6 @@ def _check(record: Record, first: Record, path: str) -> None:
         f"{name} has spacing {record.spacing[1:].tolist()} mm, "
         f"{os.path.basename(first.source)} {first.spacing[1:].tolist()}",
     )
-
-
-def _stored(record: Record) -> str:
-  return str(record.meta.get("stored_type", record.volume.dtype))
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> np.dtype:
